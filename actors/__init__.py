@@ -1,0 +1,1 @@
+"""Worker providers: one Ray actor per provider entry, with limits, health, retries, cache and wire formats."""

@@ -1,0 +1,1 @@
+"""Wire formats: one adapter per provider kind, all behind `actors.adapters.base.Adapter`."""

@@ -1,0 +1,335 @@
+"""The configuration file: YAML → pydantic. Unknown keys are errors, `${ENV}` expands, secrets are `SecretStr`.
+
+    workers:   [WorkerSpec]      who can answer
+    router:    RouterConfig      who decides
+    serve:     ServeConfig       how it is offered
+
+`${NAME}` takes an environment variable, `${NAME:-text}` falls back to `text`. A worker whose `api_key` names a
+variable that is not set is disabled with a reason, not an error; any other missing variable is an error.
+Relative paths in the file are relative to the file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from actors.errors import ConfigError
+
+Provider = Literal["openai", "anthropic", "gemini", "local", "vllm", "replay"]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+PositiveInt = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Usd = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+DEFAULT_BASE_URL: Mapping[str, str] = {
+    "openai": "https://api.openai.com/v1",
+    "anthropic": "https://api.anthropic.com",
+    "gemini": "https://generativelanguage.googleapis.com/v1beta",
+}
+
+
+class Strict(BaseModel):
+    """Frozen, and a key we do not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Limits(Strict):
+    """What the provider grants, per sliding minute, and how many calls may run at once. `None` is no limit.
+    `max_wait` bounds the seconds a call may queue for its turn before it fails with 429."""
+
+    requests_per_minute: PositiveInt | None = None
+    tokens_per_minute: PositiveInt | None = None
+    concurrency: PositiveInt = 32
+    max_wait: Seconds = 60.0
+
+
+class Price(Strict):
+    """USD per million tokens. `cached_input` defaults to `input`."""
+
+    input: Usd
+    output: Usd
+    cached_input: Usd | None = None
+
+
+class Timeout(Strict):
+    """Seconds, per phase of one call: connecting, until the first byte, between two bytes, and in all."""
+
+    connect: Seconds = 5.0
+    first_byte: Seconds = 120.0
+    idle: Seconds = 120.0
+    total: Seconds = 3600.0
+
+
+class Retry(Strict):
+    """Attempts in all before the first byte; waits grow exponentially with full jitter between the bounds, and never
+    fall below the provider's `retry-after`."""
+
+    attempts: PositiveInt = 3
+    min_wait: Seconds = 0.5
+    max_wait: Seconds = 30.0
+
+
+class Breaker(Strict):
+    """After `failures` in a row the worker rests `cooldown` seconds, then one call may try."""
+
+    failures: PositiveInt = 5
+    cooldown: Seconds = 30.0
+
+
+class Cache(Strict):
+    """Response cache in the provider actor: whole replies, keyed by the full request and its sample index."""
+
+    entries: PositiveInt = 4096
+    ttl: Seconds = 3600.0
+
+
+class Defaults(Strict):
+    """Sampling values used where the caller gives none."""
+
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    max_tokens: PositiveInt | None = None
+
+
+class WorkerSpec(Strict):
+    """One worker: a model, the provider it is called through, and what it may use.
+
+    `model` is the provider's model id; for `local` and `vllm` a folder, the embedded model's name or a hub id.
+    `system` is put before the conversation (after a system message of the caller's own). `adapter` is the folder of a
+    LoRA adapter (local, vllm). `outcomes` is the folder that a `replay` worker answers from. `accepts` widens the
+    request fields an OpenAI-compatible server takes beyond OpenAI's own (for example `top_k`).
+    """
+
+    name: Name
+    provider: Provider
+    model: str = Field(min_length=1)
+    base_url: str | None = None
+    api_key: SecretStr | None = None
+    headers: dict[str, SecretStr] = {}
+    limits: Limits = Limits()
+    price: Price | None = None
+    timeout: Timeout = Timeout()
+    retry: Retry = Retry()
+    breaker: Breaker = Breaker()
+    cache: Cache | None = None
+    tags: tuple[Name, ...] = ()
+    context: PositiveInt | None = None
+    system: str | None = None
+    defaults: Defaults = Defaults()
+    accepts: tuple[str, ...] = ()
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_completion_tokens"
+    adapter: Path | None = None
+    outcomes: Path | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    max_batch: PositiveInt = 16
+    shards: PositiveInt = 1
+
+    @property
+    def url(self) -> str:
+        """The base address, without a trailing slash."""
+        return (self.base_url or DEFAULT_BASE_URL.get(self.provider, "")).rstrip("/")
+
+    @field_validator("base_url")
+    @classmethod
+    def _http(cls, value: str | None) -> str | None:
+        if value is not None and not re.match(r"https?://[^/\s]+", value):
+            raise ValueError("must begin with http:// or https://")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> WorkerSpec:
+        for kind in ("requests_per_minute", "tokens_per_minute", "concurrency"):
+            limit = getattr(self.limits, kind)
+            if limit is not None and limit < self.shards:
+                raise ValueError(f"limits.{kind} is {limit}: too small to share among {self.shards} shards")
+        if self.provider == "replay" and self.outcomes is None:
+            raise ValueError("a replay worker needs `outcomes`, the folder it answers from")
+        if self.provider in ("local", "vllm") and self.shards > 1:
+            raise ValueError("shards split a remote provider's limit; a local model has one engine")
+        if self.adapter is not None and self.provider not in ("local", "vllm"):
+            raise ValueError("`adapter` is for local and vllm workers only")
+        return self
+
+
+class Replicas(Strict):
+    """Bounds for autoscaling; `target_ongoing` requests per replica is what it aims at."""
+
+    min: PositiveInt = 1
+    max: PositiveInt = 1
+    target_ongoing: PositiveInt = 16
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Replicas:
+        if self.max < self.min:
+            raise ValueError(f"max ({self.max}) is below min ({self.min})")
+        return self
+
+
+class RouterConfig(Strict):
+    """The deciding model. Without a `checkpoint` nothing is learned yet: workers are tried in the order of the file.
+
+    `choose` takes the most probable worker or samples. `fallbacks` is how many further workers may be tried after
+    the chosen one. `batch_wait_ms` and `max_batch` steer batching across requests; `max_tokens` is how much of a
+    conversation the backbone reads (longer ones lose their middle).
+    """
+
+    backbone: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    checkpoint: Path | None = None
+    choose: Literal["argmax", "sample"] = "argmax"
+    fallbacks: Annotated[int, Field(ge=0, le=16)] = 2
+    max_tokens: PositiveInt = 1024
+    max_batch: PositiveInt = 32
+    batch_wait_ms: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 2.0
+    timeout: Seconds = 30.0
+
+
+class ServeConfig(Strict):
+    """The HTTP side. With `api_keys` every request needs one. A public `host` without keys is refused unless
+    `allow_public_without_keys` says that this is meant."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    api_keys: tuple[SecretStr, ...] = ()
+    allow_public_without_keys: bool = False
+    gateway_replicas: Replicas = Replicas(target_ongoing=64)
+    router_replicas: Replicas = Replicas()
+    gpus_per_router: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.25
+    max_body_bytes: PositiveInt = 32 * 1024 * 1024
+    max_ongoing_requests: PositiveInt = 1024
+    keep_alive: Seconds = 15.0
+    request_timeout: Seconds = 7200.0
+    drain: Seconds = 30.0
+    ha_proxy: bool = True
+
+    @field_validator("api_keys")
+    @classmethod
+    def _long_enough(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if any(len(key.get_secret_value()) < 8 for key in keys):
+            raise ValueError("an API key needs at least 8 characters")
+        return keys
+
+
+class FuguConfig(Strict):
+    """The whole file. `disabled` maps a worker to the reason it is not in use; it is filled while loading."""
+
+    workers: tuple[WorkerSpec, ...] = Field(min_length=1)
+    router: RouterConfig = RouterConfig()
+    serve: ServeConfig = ServeConfig()
+    disabled: dict[str, str] = Field(default={}, exclude=True)
+
+    @property
+    def active(self) -> tuple[WorkerSpec, ...]:
+        """The workers in use, in the order of the file."""
+        return tuple(worker for worker in self.workers if worker.name not in self.disabled)
+
+    @model_validator(mode="after")
+    def _unique(self) -> FuguConfig:
+        names = [worker.name for worker in self.workers]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"worker names must be unique; given more than once: {', '.join(twice)}")
+        return self
+
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+
+
+def load_config(path: Path | str, environ: Mapping[str, str] | None = None) -> FuguConfig:
+    """Read and check a configuration file.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, has an unknown key or a wrong value (named by its path in
+            the file), names an unset variable outside `api_key`, or leaves no worker in use.
+    """
+    path = Path(path)
+    environ = os.environ if environ is None else environ
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must be a mapping with the keys workers, router, serve")
+    if "disabled" in raw:
+        raise ConfigError(f"{path}: disabled: unknown key")
+    disabled = _take_out_unset_keys(raw, environ)
+    raw = _expand(raw, environ, str(path))
+    for worker in raw.get("workers") or []:
+        if isinstance(worker, dict):
+            _resolve_paths(worker, ("adapter", "outcomes"), path.parent)
+    if isinstance(raw.get("router"), dict):
+        _resolve_paths(raw["router"], ("checkpoint",), path.parent)
+    try:
+        config = FuguConfig.model_validate({**raw, "disabled": disabled})
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(error)}") from None
+    if not config.active:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in disabled.items())
+        raise ConfigError(f"{path}: no worker is left to answer ({reasons})")
+    return config
+
+
+def _take_out_unset_keys(raw: dict[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
+    """Drop `api_key` from workers whose variable is unset or empty, and say which variable each one lacks."""
+    disabled: dict[str, str] = {}
+    for worker in raw.get("workers") or []:
+        if not isinstance(worker, dict) or not isinstance(worker.get("api_key"), str):
+            continue
+        missing = [
+            name for name, default in _VARIABLE.findall(worker["api_key"]) if not (environ.get(name) or default)
+        ]
+        if missing:
+            del worker["api_key"]
+            disabled[str(worker.get("name"))] = f"{missing[0]} is not set"
+    return disabled
+
+
+def _expand(value: Any, environ: Mapping[str, str], where: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand(item, environ, f"{where}: {key}") for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, environ, f"{where}[{i}]") for i, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def lookup(match: re.Match[str]) -> str:
+        found = environ.get(match[1]) or match[2]
+        if found is None:
+            raise ConfigError(f"{where}: the environment variable {match[1]} is not set")
+        return found
+
+    return _VARIABLE.sub(lookup, value)
+
+
+def _resolve_paths(section: dict[str, Any], keys: tuple[str, ...], base: Path) -> None:
+    for key in keys:
+        if isinstance(section.get(key), str):
+            section[key] = str((base / Path(section[key]).expanduser()).resolve())
+
+
+def _explain(error: ValidationError) -> str:
+    """Each fault as `path.in.file: what`, without the offending input, which may be a secret."""
+    lines = []
+    for fault in error.errors(include_input=False, include_url=False):
+        where = ".".join(str(part) for part in fault["loc"]) or "file"
+        what = "unknown key" if fault["type"] == "extra_forbidden" else fault["msg"]
+        lines.append(f"{where}: {what}")
+    return "; ".join(lines)

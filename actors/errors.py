@@ -1,0 +1,223 @@
+"""The error tree. Every failure a caller can see is one of these, with its HTTP status and OpenAI error type.
+
+    FuguError                             500
+    ├── ConfigError                       500   configuration or checkpoint does not fit; says where
+    │   └── CheckpointError               500   a checkpoint that does not belong to this pool or backbone
+    ├── RequestError                      400   the caller's request is wrong; `param` names the field
+    │   ├── AuthenticationError           401
+    │   ├── PermissionDeniedError         403
+    │   ├── UnknownModelError             404
+    │   ├── PayloadTooLargeError          413
+    │   ├── NoWorkerAllowedError          400   constraints leave no worker
+    │   └── ContextLengthError            400   longer than the worker's context
+    ├── WorkerError                       502   one worker could not answer; `worker` names it
+    │   ├── WorkerRejectedError           400   the provider called the request itself invalid
+    │   ├── WorkerAuthError               502   the provider refused our key
+    │   ├── RateLimitedError              429   the provider's limit or ours; `retry_after` in seconds
+    │   ├── CircuitOpenError              503   the worker failed too often and rests
+    │   ├── WorkerTimeoutError            504   `phase` is connect, first_byte or total
+    │   ├── WorkerUnavailableError        502   5xx, connection refused or reset, actor died
+    │   ├── ProtocolError                 502   the provider sent something that is not its wire format
+    │   └── StreamBrokenError             502   failed after the first byte; what was sent stands
+    └── AllWorkersFailedError             502/503/429  every worker tried failed; `failures` says why each
+
+Messages are safe to show: they never hold keys, prompts or upstream bodies beyond the provider's own error message,
+which adapters pass through `scrub`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+
+class FuguError(Exception):
+    """Base of all. `code` is a stable machine-readable word; `param` the offending field, if one is to blame."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str] = "internal_error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        worker: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.worker = worker
+        self.retry_after = retry_after
+
+    @property
+    def http_status(self) -> int:
+        return self.status
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions pickle by positional arguments only; ours cross processes with their keywords.
+        return _rebuild, (type(self), self.message, self.__dict__.copy())
+
+    def envelope(self) -> dict[str, Any]:
+        """The OpenAI error envelope: `{"error": {message, type, param, code}}`."""
+        return {
+            "error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        }
+
+
+def _rebuild(cls: type[FuguError], message: str, state: dict[str, Any]) -> FuguError:
+    error = cls.__new__(cls)
+    Exception.__init__(error, message)
+    error.__dict__.update(state)
+    return error
+
+
+class ConfigError(FuguError):
+    type = "configuration_error"
+    code = "invalid_configuration"
+
+
+class CheckpointError(ConfigError):
+    code = "invalid_checkpoint"
+
+
+class RequestError(FuguError):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class AuthenticationError(RequestError):
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class PermissionDeniedError(RequestError):
+    status = 403
+    type = "permission_error"
+    code = "permission_denied"
+
+
+class UnknownModelError(RequestError):
+    status = 404
+    code = "model_not_found"
+
+
+class PayloadTooLargeError(RequestError):
+    status = 413
+    code = "payload_too_large"
+
+
+class NoWorkerAllowedError(RequestError):
+    code = "no_worker_allowed"
+
+
+class ContextLengthError(RequestError):
+    code = "context_length_exceeded"
+
+
+class WorkerError(FuguError):
+    status = 502
+    type = "worker_error"
+    code = "worker_failed"
+
+
+class WorkerRejectedError(WorkerError):
+    """The provider says that the request is invalid for it. Another worker may accept it; a retry will not help."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "worker_rejected_request"
+
+
+class WorkerAuthError(WorkerError):
+    code = "worker_auth_failed"
+
+
+class RateLimitedError(WorkerError):
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+    retryable = True
+
+
+class CircuitOpenError(WorkerError):
+    status = 503
+    type = "overloaded_error"
+    code = "circuit_open"
+
+
+class WorkerTimeoutError(WorkerError):
+    """`phase` is one of connect, first_byte, total."""
+
+    status = 504
+    type = "timeout_error"
+    code = "worker_timeout"
+    retryable = True
+
+    def __init__(self, message: str, *, phase: str, worker: str | None = None) -> None:
+        super().__init__(message, worker=worker)
+        self.phase = phase
+
+
+class WorkerUnavailableError(WorkerError):
+    code = "worker_unavailable"
+    retryable = True
+
+
+class ProtocolError(WorkerError):
+    code = "bad_upstream_response"
+    retryable = True
+
+
+class StreamBrokenError(WorkerError):
+    """After the first byte nothing is retried, so that no text is ever repeated."""
+
+    code = "stream_broken"
+
+
+class AllWorkersFailedError(FuguError):
+    """Every worker that was tried failed. Status: 429 if all were rate limits, 503 if all were limits or open
+    circuits, else 502 (a single worker's own 400 or 504 is kept). `retry_after` is the soonest of the parts."""
+
+    type = "worker_error"
+    code = "all_workers_failed"
+
+    def __init__(self, failures: Mapping[str, WorkerError]) -> None:
+        waits = [error.retry_after for error in failures.values() if error.retry_after is not None]
+        reasons = "; ".join(f"{worker}: {error.message}" for worker, error in failures.items())
+        super().__init__(f"no worker could answer. {reasons}", retry_after=min(waits, default=None))
+        self.failures = dict(failures)
+
+    @property
+    def http_status(self) -> int:
+        statuses = {error.status for error in self.failures.values()}
+        if len(statuses) == 1:
+            return statuses.pop()
+        return 503 if statuses <= {429, 503} else 502
+
+    def envelope(self) -> dict[str, Any]:
+        envelope = super().envelope()
+        envelope["error"]["failures"] = {
+            worker: {"code": error.code, "message": error.message} for worker, error in self.failures.items()
+        }
+        return envelope
+
+
+_SECRET = re.compile(
+    r"(?i)\b(bearer\s+|x-api-key\W+|key=)\S+|\b(sk|fish|xai|gsk|AIza|ant)[-_A-Za-z0-9]{8,}",
+)
+
+
+def scrub(text: str, *secrets: str, limit: int = 300) -> str:
+    """`text` with the given secrets, and whatever looks like one, replaced; one line, at most `limit` characters."""
+    for secret in secrets:
+        if secret:
+            text = text.replace(secret, "***")
+    text = _SECRET.sub("***", " ".join(text.split()))
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,1 @@
+"""The deciding: backbone, head, roles, workflows. Pure Python and torch; imports no Ray."""

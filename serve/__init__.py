@@ -1,0 +1,1 @@
+"""Ray Serve: HTTP API, router deployment, traces."""

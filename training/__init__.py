@@ -1,0 +1,1 @@
+"""Tasks, labels, supervised training, evolution and evaluation of the router."""
