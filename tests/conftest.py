@@ -1,0 +1,73 @@
+"""Fixtures of the whole suite: one Ray per test session, the recorded outcomes, the embedded model."""
+
+from __future__ import annotations
+
+import os
+
+# Read when ray is first imported, so they stand before every other import.
+os.environ.setdefault("RAY_SERVE_ENABLE_HA_PROXY", "1")
+os.environ.setdefault("RAY_SERVE_THROUGHPUT_OPTIMIZED", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where this session's actors keep their state, apart from the user's own."""
+    folder = tmp_path_factory.mktemp("state")
+    before = os.environ.get("FUGU_STATE")
+    os.environ["FUGU_STATE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["FUGU_STATE"]
+    else:
+        os.environ["FUGU_STATE"] = before
+
+
+@pytest.fixture(scope="session")
+def ray_session(state_dir: Path) -> Iterator[None]:
+    """The one Ray of the session (four logical CPUs, no dashboard, namespace "fugu")."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        namespace="fugu",
+        log_to_driver=False,
+        runtime_env={"env_vars": {"FUGU_STATE": str(state_dir), "HF_HUB_OFFLINE": "1"}},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def reasoning_gym_dir() -> Path:
+    """Recorded outcomes of eleven models, which lie beside the repository; skips where they do not."""
+    folder = REPOSITORY.parent / "shared" / "data" / "reasoning_gym"
+    if not (folder / "outcomes.parquet").exists():
+        pytest.skip(f"the recorded outcomes are not at {folder}")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _embedded_model_is_set_up(request: pytest.FixtureRequest) -> None:
+    """A test marked `model` needs the embedded model in the cache; without it, skip and say how to get it."""
+    if request.node.get_closest_marker("model") is None:
+        return
+    from actors.errors import ConfigError
+    from actors.model_files import resolve_model
+
+    try:
+        resolve_model("SmolLM2-135M-Instruct", progress=False)
+    except ConfigError as error:
+        pytest.skip(f"the embedded model is not set up (`make setup` does it): {error}")
