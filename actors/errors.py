@@ -64,9 +64,7 @@ class FuguError(Exception):
 
     def envelope(self) -> dict[str, Any]:
         """The OpenAI error envelope: `{"error": {message, type, param, code}}`."""
-        return {
-            "error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        }
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
 def _rebuild(cls: type[FuguError], message: str, state: dict[str, Any]) -> FuguError:
@@ -188,7 +186,7 @@ class AllWorkersFailedError(FuguError):
     type = "worker_error"
     code = "all_workers_failed"
 
-    def __init__(self, failures: Mapping[str, WorkerError]) -> None:
+    def __init__(self, failures: Mapping[str, FuguError]) -> None:
         waits = [error.retry_after for error in failures.values() if error.retry_after is not None]
         reasons = "; ".join(f"{worker}: {error.message}" for worker, error in failures.items())
         super().__init__(f"no worker could answer. {reasons}", retry_after=min(waits, default=None))
