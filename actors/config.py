@@ -293,9 +293,7 @@ def _take_out_unset_keys(raw: dict[str, Any], environ: Mapping[str, str]) -> dic
     for worker in raw.get("workers") or []:
         if not isinstance(worker, dict) or not isinstance(worker.get("api_key"), str):
             continue
-        missing = [
-            name for name, default in _VARIABLE.findall(worker["api_key"]) if not (environ.get(name) or default)
-        ]
+        missing = [name for name, default in _VARIABLE.findall(worker["api_key"]) if not (environ.get(name) or default)]
         if missing:
             del worker["api_key"]
             disabled[str(worker.get("name"))] = f"{missing[0]} is not set"

@@ -23,9 +23,7 @@ REPLY = json.dumps(
         "object": "chat.completion",
         "created": 1,
         "model": "bench",
-        "choices": [
-            {"index": 0, "message": {"role": "assistant", "content": "Paris."}, "finish_reason": "stop"}
-        ],
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "Paris."}, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 12, "completion_tokens": 3, "total_tokens": 15},
     }
 ).encode()

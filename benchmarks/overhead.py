@@ -133,9 +133,7 @@ def fugu_config(folder: Path, upstream: str, port: int, routing: bool) -> Path:
     router = ""
     if routing:
         checkpoint = folder / "random.safetensors"
-        subprocess.run(
-            [sys.executable, "-m", "benchmarks.random_head", str(checkpoint), *names], check=True, cwd=ROOT
-        )
+        subprocess.run([sys.executable, "-m", "benchmarks.random_head", str(checkpoint), *names], check=True, cwd=ROOT)
         router = f"router: {{checkpoint: '{checkpoint}'}}\n"
     path = folder / f"fugu-{'on' if routing else 'off'}.yaml"
     path.write_text(f"workers:\n{workers}{router}serve: {{port: {port}}}\n")
@@ -145,9 +143,7 @@ def fugu_config(folder: Path, upstream: str, port: int, routing: bool) -> Path:
 def measure(system: System, concurrency: int, seconds: float) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.load", "client", system.url, "--model", system.model]
     command += ["--key", KEY, "--concurrency", str(concurrency), "--seconds", str(seconds)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, timeout=seconds + 60, check=False
-    )
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=seconds + 60, check=False)
     if result.returncode:
         raise SystemExit(f"{system.name}: {result.stderr.strip()}")
     measured: dict[str, float] = json.loads(result.stdout)
@@ -157,9 +153,7 @@ def measure(system: System, concurrency: int, seconds: float) -> dict[str, float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="within a minute (LiteLLM set up beforehand)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="per measurement")
@@ -255,9 +249,7 @@ def report(systems: list[System], samples: dict[tuple[str, int], list[dict[str, 
             result[f"added_p50_ratio_vs_{suffix}"] = {
                 c: round(ours[c]["p50"] / figures[name][c]["p50"], 3) for c in ours
             }
-            result[f"rps_ratio_vs_{suffix}"] = {
-                c: round(ours[c]["rps"] / figures[name][c]["rps"], 2) for c in ours
-            }
+            result[f"rps_ratio_vs_{suffix}"] = {c: round(ours[c]["rps"] / figures[name][c]["rps"], 2) for c in ours}
     print(json.dumps(result))
 
 
