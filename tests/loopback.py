@@ -5,9 +5,9 @@
         ...                                   # call provider.url_for("openai"), "anthropic" or "gemini"
         assert provider.requests[-1].body["model"] == "m"
 
-The server runs in a thread with an event loop of its own, on plain asyncio protocols: it can reset, half-close
-and fall silent, which a polite HTTP library would not. As a program, `python -m tests.loopback --port 0` prints
-its port.
+The server runs in a thread with an event loop of its own, on plain asyncio protocols: it can reset,
+half-close and fall silent, which a polite HTTP library would not. As a program, `python -m tests.loopback
+--port 0` prints its port.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class LoopbackProvider:
     """See the module docstring. A behaviour is taken from the queue, else by model name, else the default.
 
     `api_key` makes every request need that key, given the way its dialect gives it. `requests`,
-    `disconnects`, `in_flight` and `max_in_flight` may be read from any thread; `record=False` keeps only `total`.
+    `disconnects`, `in_flight` and `max_in_flight` may be read from any thread; `record=False` only counts.
     """
 
     def __init__(
@@ -84,9 +84,7 @@ class LoopbackProvider:
 
     def url_for(self, dialect: Dialect) -> str:
         """The `base_url` of a worker of this dialect."""
-        return (
-            f"http://127.0.0.1:{self.port}" + {"openai": "/v1", "anthropic": "", "gemini": "/v1beta"}[dialect]
-        )
+        return f"http://127.0.0.1:{self.port}" + {"openai": "/v1", "anthropic": "", "gemini": "/v1beta"}[dialect]
 
     def enqueue(self, *behaviours: Behaviour) -> None:
         """Treat the next requests so, one behaviour each, in order of arrival."""
@@ -101,7 +99,7 @@ class LoopbackProvider:
         self.total, self.max_in_flight = 0, self.in_flight
 
     def wait_for(self, condition: Any, timeout: float = 5.0) -> bool:
-        """Poll `condition()` until it is true; False after `timeout` seconds. It blocks: not for event loops."""
+        """Poll `condition()` until it is true; False after `timeout` seconds. Blocks: not for event loops."""
         deadline = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > deadline:
@@ -150,9 +148,7 @@ class LoopbackProvider:
     def _key_is_right(self, request: Recorded) -> bool:
         if self.api_key is None:
             return True
-        header = {"anthropic": "x-api-key", "gemini": "x-goog-api-key"}.get(
-            request.dialect or "", "authorization"
-        )
+        header = {"anthropic": "x-api-key", "gemini": "x-goog-api-key"}.get(request.dialect or "", "authorization")
         expected = f"Bearer {self.api_key}" if header == "authorization" else self.api_key
         return request.headers.get(header) == expected
 
@@ -222,9 +218,7 @@ class _Connection(asyncio.Protocol):
         provider = self._provider
         provider.total += 1
         arrival = time.monotonic()
-        return Recorded(
-            provider.total, method, path, query, headers, body, raw, arrival, dialect, model, stream
-        )
+        return Recorded(provider.total, method, path, query, headers, body, raw, arrival, dialect, model, stream)
 
     async def _serve(self, request: Recorded) -> None:
         provider = self._provider
@@ -350,9 +344,7 @@ def _dechunk(buffer: bytearray, start: int) -> tuple[bytes, int] | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--text", default=Behaviour.text, help="what to answer")
     parser.add_argument("--delay", type=float, default=0.0, help="seconds before the first byte")

@@ -41,8 +41,8 @@ class Behaviour:
     output) and is counted from the request when None. `finish` is in the OpenAI words. `pieces` is how many
     pieces the text is streamed in (None: one per word).
 
-    Misbehaviour: `delay` and `chunk_delay` in seconds; `break_after` n SSE events (n bytes of a plain body) by
-    `break_how` ("rst" resets, "fin" closes, "half" shuts down the sending side only); `error_after` n events
+    Misbehaviour: `delay` and `chunk_delay` in seconds; `break_after` n SSE events (n bytes of a plain body)
+    by `break_how` ("rst" resets, "fin" closes, "half" shuts down the sending side only); `error_after` n events
     sends the dialect's in-stream error; `terminator=False` leaves out the documented end of a stream; `split`
     cuts the bytes of a stream into writes of at most that many bytes; `body` replaces the whole body; `never`
     never answers; `close` closes the connection after the reply without having said so (a stale connection).
@@ -233,9 +233,7 @@ def openai_events(answer: Answer) -> list[bytes]:
         return frame({**head, "choices": [choice]})
 
     frames = [chunk({"role": "assistant", "content": ""})]
-    frames += [
-        chunk({"reasoning_content": piece}) for piece in split_text(behaviour.reasoning, behaviour.pieces)
-    ]
+    frames += [chunk({"reasoning_content": piece}) for piece in split_text(behaviour.reasoning, behaviour.pieces)]
     frames += [chunk({"refusal": piece}) for piece in split_text(behaviour.refusal, behaviour.pieces)]
     if not behaviour.refusal:
         frames += [chunk({"content": piece}) for piece in split_text(answer.text, behaviour.pieces)]
