@@ -7,9 +7,14 @@
     │   ├── AuthenticationError           401
     │   ├── PermissionDeniedError         403
     │   ├── UnknownModelError             404
+    │   ├── NotFoundError                 404   no such path
+    │   ├── MethodNotAllowedError         405
+    │   ├── RequestTimeoutError           408   the request's body did not arrive in time
     │   ├── PayloadTooLargeError          413
     │   ├── NoWorkerAllowedError          400   constraints leave no worker
     │   └── ContextLengthError            400   longer than the worker's context
+    ├── OverloadedError                   503   too many requests at once
+    ├── DeadlineError                     504   the request as a whole took too long
     ├── WorkerError                       502   one worker could not answer; `worker` names it
     │   ├── WorkerRejectedError           400   the provider called the request itself invalid
     │   ├── WorkerAuthError               502   the provider refused our key
@@ -106,6 +111,21 @@ class UnknownModelError(RequestError):
     code = "model_not_found"
 
 
+class NotFoundError(RequestError):
+    status = 404
+    code = "not_found"
+
+
+class MethodNotAllowedError(RequestError):
+    status = 405
+    code = "method_not_allowed"
+
+
+class RequestTimeoutError(RequestError):
+    status = 408
+    code = "request_timeout"
+
+
 class PayloadTooLargeError(RequestError):
     status = 413
     code = "payload_too_large"
@@ -117,6 +137,18 @@ class NoWorkerAllowedError(RequestError):
 
 class ContextLengthError(RequestError):
     code = "context_length_exceeded"
+
+
+class OverloadedError(FuguError):
+    status = 503
+    type = "overloaded_error"
+    code = "overloaded"
+
+
+class DeadlineError(FuguError):
+    status = 504
+    type = "timeout_error"
+    code = "deadline_exceeded"
 
 
 class WorkerError(FuguError):
