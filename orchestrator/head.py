@@ -1,0 +1,297 @@
+"""The head: one bias-free linear map from a hidden state to a logit per worker (TRINITY §3.1), and its
+checkpoint.
+
+A checkpoint is one safetensors file. Tensors: `head.weight [L(+3), d]`, optional `head.shift [d]` and
+`head.scale [d]` (logits = W · ((h − shift) · scale); identity when absent) and `singular.<matrix>` offsets
+(`orchestrator.singular`). Metadata (`CheckpointInfo`): what the rows mean and what hidden state they were
+trained on, so that a head is never put on another pool, backbone or prompt by mistake.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from actors.errors import CheckpointError
+
+FORMAT = "fugu-router"
+FORMAT_VERSION = 1
+_METADATA = (
+    "format",
+    "format_version",
+    "workers",
+    "backbone",
+    "revision",
+    "position",
+    "layer",
+    "prompt_format",
+    "roles",
+    "trained",
+)
+ROLES = ("worker", "thinker", "verifier")  # order of the three extra logits, as in the authors' code
+
+Position = Literal["penultimate", "last", "mean"]
+PromptFormat = Literal["chat", "raw"]
+POSITIONS: tuple[str, ...] = get_args(Position)
+PROMPT_FORMATS: tuple[str, ...] = get_args(PromptFormat)
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a head belongs to.
+
+    `workers` names the rows in order. `layer` is -1 for the final hidden state after the model's last norm,
+    or the number of transformer layers run (then there is no norm). `roles` says that three more rows follow,
+    for `ROLES`. `trained` is free: how the head was made and what it measured.
+    """
+
+    workers: tuple[str, ...]
+    backbone: str
+    revision: str
+    position: Position = "penultimate"
+    layer: int = -1
+    prompt_format: PromptFormat = "chat"
+    roles: bool = False
+    trained: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return len(self.workers) + (len(ROLES) if self.roles else 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A head's tensors (float32, on the CPU) with what they belong to. `singular` maps a matrix's name to its
+    offsets `[min(m, n)]`; empty is identity."""
+
+    info: CheckpointInfo
+    weight: Tensor
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+    singular: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def dimension(self) -> int:
+        return int(self.weight.shape[1])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[B, d]` → logits `[B, L(+3)]`, float32, on the hidden states' device."""
+        hidden = hidden.float()
+        if self.shift is not None:
+            hidden = hidden - self.shift.to(hidden.device)
+        if self.scale is not None:
+            hidden = hidden * self.scale.to(hidden.device)
+        return hidden @ self.weight.to(hidden.device).T
+
+
+def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
+    """Softmax over the allowed columns only: `[B, L]` float64 whose masked entries are exactly 0.
+
+    Raises:
+        ValueError: a row allows nothing, or an allowed logit is not a finite number.
+    """
+    if logits.shape != allowed.shape:
+        raise ValueError(f"logits have shape {tuple(logits.shape)}, the mask {tuple(allowed.shape)}")
+    if not bool(allowed.any(dim=-1).all()):
+        raise ValueError("a row of the mask allows no worker")
+    masked = logits.double().masked_fill(~allowed, -math.inf)
+    if not bool(torch.isfinite(masked[allowed]).all()):
+        raise ValueError("the logits are not finite")
+    return torch.softmax(masked, dim=-1)
+
+
+def pick(probabilities: Sequence[float], draw: float | None) -> int:
+    """Index of the most probable entry (the first of equals) if `draw` is None, else the entry in whose share
+    of [0, 1) `draw` falls. An entry of probability 0 is never picked."""
+    if draw is None:
+        return max(range(len(probabilities)), key=probabilities.__getitem__)
+    possible = [index for index, probability in enumerate(probabilities) if probability > 0]
+    remaining = draw * math.fsum(probabilities)
+    for index in possible:
+        remaining -= probabilities[index]
+        if remaining < 0:
+            return index
+    return possible[-1]  # rounding left a sliver at the end
+
+
+def save_checkpoint(path: Path | str, checkpoint: Checkpoint) -> None:
+    """Write the file whole or not at all (temporary file in the same folder, then rename).
+
+    Raises:
+        CheckpointError: the tensors do not fit each other or the metadata, or hold numbers that are not
+        finite.
+    """
+    path = Path(path)
+    _check_tensors(checkpoint, str(path))
+    info = checkpoint.info
+    tensors = {"head.weight": checkpoint.weight}
+    if checkpoint.shift is not None:
+        tensors["head.shift"] = checkpoint.shift
+    if checkpoint.scale is not None:
+        tensors["head.scale"] = checkpoint.scale
+    tensors |= {f"singular.{name}": offsets for name, offsets in checkpoint.singular.items()}
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "workers": json.dumps(info.workers),
+        "backbone": info.backbone,
+        "revision": info.revision,
+        "position": info.position,
+        "layer": str(info.layer),
+        "prompt_format": info.prompt_format,
+        "roles": json.dumps(info.roles),
+        "trained": json.dumps(info.trained, sort_keys=True, allow_nan=False),
+    }
+    data = save({name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(path: Path | str) -> Checkpoint:
+    """Read and check a checkpoint on its own; `check_fits` compares it with a pool and a backbone.
+
+    Raises:
+        CheckpointError: the file is missing, cut off or not a router checkpoint; metadata is missing or
+        wrong; tensors
+            have the wrong shape or hold numbers that are not finite. The message names the file and the part.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except FileNotFoundError as error:
+        raise CheckpointError(f"checkpoint {path} does not exist") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"checkpoint {path} is cut off or not a safetensors file: {error}") from error
+    info = _read_info(metadata, str(path))
+    if "head.weight" not in tensors:
+        raise CheckpointError(f"checkpoint {path} has no tensor head.weight")
+    singular = {
+        name.removeprefix("singular."): tensor for name, tensor in tensors.items() if name.startswith("singular.")
+    }
+    known = {"head.weight", "head.shift", "head.scale"} | {f"singular.{name}" for name in singular}
+    if unknown := sorted(set(tensors) - known):
+        raise CheckpointError(f"checkpoint {path} has unknown tensors: {', '.join(unknown)}")
+    checkpoint = Checkpoint(
+        info=info,
+        weight=tensors["head.weight"].float(),
+        shift=tensors["head.shift"].float() if "head.shift" in tensors else None,
+        scale=tensors["head.scale"].float() if "head.scale" in tensors else None,
+        singular={name: tensor.float() for name, tensor in singular.items()},
+    )
+    _check_tensors(checkpoint, str(path))
+    return checkpoint
+
+
+def check_fits(
+    checkpoint: Checkpoint,
+    *,
+    workers: Sequence[str],
+    dimension: int,
+    backbone: str | None = None,
+    revision: str | None = None,
+    where: str = "checkpoint",
+) -> None:
+    """Refuse a checkpoint of another pool or backbone. Workers may come in any order: rows go by name.
+    `backbone` and `revision` are compared where given; `dimension` is the backbone's hidden size.
+
+    Raises:
+        CheckpointError: names everything that differs, at once.
+    """
+    info, faults = checkpoint.info, []
+    if missing := [name for name in workers if name not in info.workers]:
+        faults.append(f"it has no row for {', '.join(missing)}")
+    if extra := [name for name in info.workers if name not in workers]:
+        faults.append(f"it has rows for {', '.join(extra)}, not in this pool")
+    if backbone is not None and backbone != info.backbone:
+        faults.append(f"it was trained on the backbone {info.backbone}, this is {backbone}")
+    if revision is not None and revision != info.revision:
+        faults.append(f"it was trained on revision {info.revision} of the backbone, this is {revision}")
+    if dimension != checkpoint.dimension:
+        faults.append(f"it reads hidden states of size {checkpoint.dimension}, this backbone has {dimension}")
+    if faults:
+        raise CheckpointError(f"{where} does not fit: {'; '.join(faults)}")
+
+
+def _read_info(metadata: Mapping[str, str], where: str) -> CheckpointInfo:
+    if missing := [key for key in _METADATA if key not in metadata]:
+        raise CheckpointError(f"{where} lacks metadata: {', '.join(missing)}")
+    if metadata["format"] != FORMAT or metadata["format_version"] != str(FORMAT_VERSION):
+        found = f"{metadata['format']} version {metadata['format_version']}"
+        raise CheckpointError(f"{where} is {found}; this program reads {FORMAT} version {FORMAT_VERSION}")
+
+    def parsed(key: str, kind: type) -> Any:
+        try:
+            value = json.loads(metadata[key])
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{where}: metadata {key} is not JSON: {error}") from error
+        if type(value) is not kind:
+            raise CheckpointError(f"{where}: metadata {key} must be {kind.__name__}")
+        return value
+
+    workers = parsed("workers", list)
+    if not workers or not all(isinstance(name, str) and name for name in workers):
+        raise CheckpointError(f"{where}: metadata workers must be a list of names")
+    if len(set(workers)) != len(workers):
+        raise CheckpointError(f"{where}: metadata workers names a worker twice")
+    for key, choices in (("position", POSITIONS), ("prompt_format", PROMPT_FORMATS)):
+        if metadata[key] not in choices:
+            raise CheckpointError(f"{where}: metadata {key} is {metadata[key]!r}, not one of {choices}")
+    layer = parsed("layer", int)
+    if layer != -1 and layer < 1:
+        raise CheckpointError(f"{where}: metadata layer is {layer}; it must be -1 or at least 1")
+    return CheckpointInfo(
+        workers=tuple(workers),
+        backbone=metadata["backbone"],
+        revision=metadata["revision"],
+        position=metadata["position"],  # type: ignore[arg-type]  # checked above
+        layer=layer,
+        prompt_format=metadata["prompt_format"],  # type: ignore[arg-type]  # checked above
+        roles=parsed("roles", bool),
+        trained=parsed("trained", dict),
+    )
+
+
+def _check_tensors(checkpoint: Checkpoint, where: str) -> None:
+    weight, info = checkpoint.weight, checkpoint.info
+    if weight.ndim != 2 or weight.shape[0] != info.rows or weight.shape[1] < 1:
+        raise CheckpointError(
+            f"{where}: head.weight has shape {list(weight.shape)}; "
+            f"{len(info.workers)} workers{' and 3 roles' if info.roles else ''} need [{info.rows}, d]"
+        )
+    tensors = {"head.weight": weight}
+    for name, vector in (("head.shift", checkpoint.shift), ("head.scale", checkpoint.scale)):
+        if vector is None:
+            continue
+        if vector.shape != (checkpoint.dimension,):
+            raise CheckpointError(f"{where}: {name} has shape {list(vector.shape)}, not [{checkpoint.dimension}]")
+        tensors[name] = vector
+    for name, offsets in checkpoint.singular.items():
+        if offsets.ndim != 1:
+            raise CheckpointError(f"{where}: singular.{name} has shape {list(offsets.shape)}, not one dimension")
+        tensors[f"singular.{name}"] = offsets
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{where}: {name} holds numbers that are not finite")
