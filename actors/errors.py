@@ -19,6 +19,7 @@
     │   ├── WorkerRejectedError           400   the provider called the request itself invalid
     │   ├── WorkerAuthError               502   the provider refused our key
     │   ├── RateLimitedError              429   the provider's limit or ours; `retry_after` in seconds
+    │   │   └── LimitReachedError         429   our own limit for the worker, before anything was sent
     │   ├── CircuitOpenError              503   the worker failed too often and rests
     │   ├── WorkerTimeoutError            504   `phase` is connect, first_byte or total
     │   ├── WorkerUnavailableError        502   5xx, connection refused or reset, actor died
@@ -174,6 +175,12 @@ class RateLimitedError(WorkerError):
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
     retryable = True
+
+
+class LimitReachedError(RateLimitedError):
+    """The caller has waited for its turn already, so nothing is gained by trying the same worker again."""
+
+    retryable = False
 
 
 class CircuitOpenError(WorkerError):
