@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from actors.errors import CheckpointError
+from orchestrator.head import (
+    Checkpoint,
+    CheckpointInfo,
+    check_fits,
+    load_checkpoint,
+    masked_softmax,
+    pick,
+    save_checkpoint,
+)
+
+INFO = CheckpointInfo(workers=("a", "b", "c"), backbone="org/model", revision="r1", trained={"tasks": 3})
+
+
+def checkpoint(**changes: Any) -> Checkpoint:
+    fields: dict[str, Any] = {"info": INFO, "weight": torch.arange(12.0).reshape(3, 4)}
+    return Checkpoint(**{**fields, **changes})
+
+
+# --- logits, masks, choice -------------------------------------------------------------------------------------------
+
+
+def test_logits_are_w_h_and_fold_the_standardisation() -> None:
+    hidden = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    assert checkpoint().logits(hidden).tolist() == [[20.0, 60.0, 100.0]]
+    folded = checkpoint(shift=torch.tensor([1.0, 1.0, 1.0, 1.0]), scale=torch.tensor([1.0, 0.5, 0.0, 2.0]))
+    # (h - shift) * scale = [0, 0.5, 0, 6]
+    assert folded.logits(hidden).tolist() == [[18.5, 44.5, 70.5]]
+
+
+def test_masked_softmax_by_hand() -> None:
+    got = masked_softmax(torch.tensor([[0.0, 5.0, math.log(3)]]), torch.tensor([[True, False, True]]))
+    torch.testing.assert_close(got, torch.tensor([[0.25, 0.0, 0.75]], dtype=torch.float64), atol=1e-7, rtol=0)
+
+
+rows = st.integers(1, 8).flatmap(
+    lambda n: st.tuples(
+        st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=n, max_size=n),
+        st.lists(st.booleans(), min_size=n, max_size=n).filter(any),
+    )
+)
+
+
+@given(rows)
+def test_the_mask_is_exact_and_the_rest_is_a_distribution(row: tuple[list[float], list[bool]]) -> None:
+    logits, allowed = row
+    got = masked_softmax(torch.tensor([logits]), torch.tensor([allowed]))[0].tolist()
+    assert all(p == 0 for p, ok in zip(got, allowed, strict=True) if not ok)
+    assert math.isclose(math.fsum(got), 1, abs_tol=1e-12)
+    kept = [index for index, ok in enumerate(allowed) if ok]
+    # What a mask leaves is what a head with only those rows would say.
+    alone = masked_softmax(torch.tensor([[logits[i] for i in kept]]), torch.ones(1, len(kept), dtype=torch.bool))
+    assert [got[i] for i in kept] == pytest.approx(alone[0].tolist(), abs=1e-12)
+
+
+def test_masked_softmax_refuses_what_has_no_answer() -> None:
+    with pytest.raises(ValueError, match="allows no worker"):
+        masked_softmax(torch.zeros(2, 2), torch.tensor([[True, True], [False, False]]))
+    with pytest.raises(ValueError, match="not finite"):
+        masked_softmax(torch.tensor([[0.0, math.nan]]), torch.tensor([[True, True]]))
+    with pytest.raises(ValueError, match="shape"):
+        masked_softmax(torch.zeros(1, 3), torch.ones(1, 2, dtype=torch.bool))
+    # A masked logit may be anything.
+    assert masked_softmax(torch.tensor([[0.0, math.nan]]), torch.tensor([[True, False]])).tolist() == [[1.0, 0.0]]
+
+
+@given(rows, st.floats(0, 1, exclude_max=True))
+def test_a_masked_worker_is_never_picked(row: tuple[list[float], list[bool]], draw: float) -> None:
+    logits, allowed = row
+    probabilities = masked_softmax(torch.tensor([logits]), torch.tensor([allowed]))[0].tolist()
+    assert allowed[pick(probabilities, draw)]
+    assert allowed[pick(probabilities, None)]
+
+
+def test_draws_follow_the_probabilities() -> None:
+    assert [pick([0.25, 0.0, 0.75], draw) for draw in (0.0, 0.2499, 0.25, 0.999999)] == [0, 0, 2, 2]
+    assert pick([0.4, 0.2, 0.4], None) == 0
+    rng = random.Random(1)
+    counts = Counter(pick([0.2, 0.5, 0.3], rng.random()) for _ in range(20_000))
+    for index, expected in enumerate((0.2, 0.5, 0.3)):
+        assert counts[index] / 20_000 == pytest.approx(expected, abs=0.015)  # 4 standard deviations
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    workers=st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=5, unique=True),
+    roles=st.booleans(),
+    position=st.sampled_from(["penultimate", "last", "mean"]),
+    layer=st.sampled_from([-1, 1, 7]),
+    seed=st.integers(0, 100),
+)
+def test_what_is_saved_is_what_is_loaded(
+    tmp_path_factory: pytest.TempPathFactory, workers: list[str], roles: bool, position: Any, layer: int, seed: int
+) -> None:
+    path = tmp_path_factory.mktemp("head") / "head.safetensors"
+    info = CheckpointInfo(
+        tuple(workers), "org/m", "abc", position, layer, "raw", roles, {"tau": 0.25, "table": {"x": [1, 2]}}
+    )
+    generator = torch.Generator().manual_seed(seed)
+    made = Checkpoint(
+        info,
+        torch.randn(info.rows, 6, generator=generator),
+        shift=torch.randn(6, generator=generator),
+        scale=torch.rand(6, generator=generator),
+        singular={"layers.2.q.weight": torch.randn(6, generator=generator)},
+    )
+    save_checkpoint(path, made)
+    back = load_checkpoint(path)
+    assert back.info == info
+    assert torch.equal(back.weight, made.weight)
+    assert made.shift is not None
+    assert made.scale is not None
+    assert back.shift is not None
+    assert torch.equal(back.shift, made.shift)
+    assert back.scale is not None
+    assert torch.equal(back.scale, made.scale)
+    assert torch.equal(back.singular["layers.2.q.weight"], made.singular["layers.2.q.weight"])
+    assert [entry.name for entry in path.parent.iterdir()] == ["head.safetensors"]  # no temporary file stays
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "head.safetensors"
+    save_checkpoint(path, checkpoint())
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="not finite"):
+        save_checkpoint(path, checkpoint(weight=torch.full((3, 4), math.inf)))
+    with pytest.raises(ValueError, match="JSON"):
+        save_checkpoint(path, checkpoint(info=replace(INFO, trained={"loss": math.nan})))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("keep", [0, 4, 7, 100, -1])
+def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "head.safetensors"
+    save_checkpoint(path, checkpoint())
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"head\.safetensors is cut off or not a safetensors file"):
+        load_checkpoint(path)
+
+
+def test_a_missing_file_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"none\.safetensors does not exist"):
+        load_checkpoint(tmp_path / "none.safetensors")
+
+
+def rewritten(tmp_path: Path, metadata: dict[str, str | None], **tensors: torch.Tensor | None) -> Path:
+    """A good checkpoint with some metadata or tensors replaced (None: removed)."""
+    path = tmp_path / "head.safetensors"
+    save_checkpoint(path, checkpoint(shift=torch.zeros(4)))
+    with safe_open(path, framework="pt") as file:
+        old = {**file.metadata(), **metadata}
+        parts = {**{name: file.get_tensor(name) for name in file.keys()}, **tensors}  # noqa: SIM118
+    save_file(
+        {name: tensor for name, tensor in parts.items() if tensor is not None},
+        path,
+        {key: value for key, value in old.items() if value is not None},
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        ({"workers": None}, "lacks metadata: workers"),
+        ({"revision": None, "roles": None}, "lacks metadata: revision, roles"),
+        ({"format": "other"}, "is other version 1; this program reads fugu-router version 1"),
+        ({"format_version": "2"}, "is fugu-router version 2"),
+        ({"workers": "a,b"}, "metadata workers is not JSON"),
+        ({"workers": '["a", "b", 3]'}, "metadata workers must be a list of names"),
+        ({"workers": '["a", "b", "b"]'}, "names a worker twice"),
+        ({"workers": '["a", "b"]'}, r"head.weight has shape \[3, 4\]; 2 workers need \[2, d\]"),
+        ({"roles": "true"}, r"3 workers and 3 roles need \[6, d\]"),
+        ({"roles": "1"}, "metadata roles must be bool"),
+        ({"position": "first"}, "metadata position is 'first'"),
+        ({"prompt_format": "xml"}, "metadata prompt_format is 'xml'"),
+        ({"layer": "0"}, "metadata layer is 0"),
+        ({"layer": "x"}, "metadata layer is not JSON"),
+    ],
+)
+def test_wrong_metadata_is_named(tmp_path: Path, metadata: dict[str, str | None], says: str) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        load_checkpoint(rewritten(tmp_path, metadata))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({"head.weight": None}, "has no tensor head.weight"),
+        ({"head.weight": torch.full((3, 4), math.nan)}, "head.weight holds numbers that are not finite"),
+        ({"head.shift": torch.zeros(5)}, r"head.shift has shape \[5\], not \[4\]"),
+        ({"head.scale": torch.tensor([1.0, 1.0, 1.0, -math.inf])}, "head.scale holds numbers that are not finite"),
+        ({"singular.x": torch.zeros(2, 2)}, r"singular.x has shape \[2, 2\]"),
+        ({"singular.x": torch.tensor([math.nan])}, "singular.x holds numbers that are not finite"),
+        ({"bias": torch.zeros(3)}, "unknown tensors: bias"),
+    ],
+)
+def test_wrong_tensors_are_named(tmp_path: Path, tensors: dict[str, torch.Tensor | None], says: str) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        load_checkpoint(rewritten(tmp_path, {}, **tensors))
+
+
+def test_a_checkpoint_of_something_else_says_all_that_differs() -> None:
+    fits = {"workers": ("c", "b", "a"), "dimension": 4, "backbone": "org/model", "revision": "r1"}
+    check_fits(checkpoint(), **fits)  # type: ignore[arg-type]
+    other = {"workers": ("a", "b", "new"), "dimension": 8, "backbone": "org/other", "revision": "r2"}
+    with pytest.raises(CheckpointError) as raised:
+        check_fits(checkpoint(), **other, where="file x")  # type: ignore[arg-type]
+    assert raised.value.message == (
+        "file x does not fit: it has no row for new; it has rows for c, not in this pool; "
+        "it was trained on the backbone org/model, this is org/other; "
+        "it was trained on revision r1 of the backbone, this is r2; "
+        "it reads hidden states of size 4, this backbone has 8"
+    )

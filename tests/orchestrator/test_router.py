@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from actors.errors import CheckpointError, ConfigError, FuguError, NoWorkerAllowedError, RequestError
+from actors.messages import Message
+from orchestrator.backbone import Backbone
+from orchestrator.head import Checkpoint, CheckpointInfo, save_checkpoint
+from orchestrator.prompt import encode
+from orchestrator.router import Decision, Router, order_decision
+from tests.orchestrator.tiny import DIMENSION, said, tiny_folder
+
+WORKERS = ("a", "b", "c")
+INFO = CheckpointInfo(WORKERS, "tiny", "r1")
+TALKS = [said("What is 2 + 2?"), said("Translate rain."), said("Tell me a long story about ships and storms.")]
+
+
+def head(info: CheckpointInfo = INFO, size: float = 0.1) -> Checkpoint:
+    generator = torch.Generator().manual_seed(7)
+    return Checkpoint(info, size * torch.randn(info.rows, DIMENSION, generator=generator))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def router(folder: Path) -> Router:
+    return Router(Backbone.load(folder, dtype=torch.float32), head(), max_tokens=256)
+
+
+def decide(router: Router, talks: Any = TALKS, **how: Any) -> list[Decision]:
+    count = len(talks)
+    return router.decide(
+        talks, how.get("allowed", [None] * count), how.get("seeds", [None] * count), how.get("choose", "argmax")
+    )
+
+
+def test_a_decision_is_the_softmax_of_the_heads_logits(router: Router) -> None:
+    backbone = router.backbone
+    states = backbone.hidden(encode(backbone.tokenizer, TALKS, "chat", 256))
+    expected = torch.softmax(states @ router.checkpoint.weight.T, dim=-1)
+    for decision, row in zip(decide(router), expected, strict=True):
+        assert list(decision.probabilities) == list(WORKERS)
+        assert list(decision.probabilities.values()) == pytest.approx(row.tolist(), abs=1e-4)
+        assert decision.worker == WORKERS[int(row.argmax())]
+        assert (decision.source, decision.role) == ("head", None)
+        assert decision.seconds > 0
+
+
+def test_a_constraint_renormalises_over_what_is_left(router: Router) -> None:
+    free = decide(router)[0]
+    (bound,) = decide(router, TALKS[:1], allowed=[frozenset({"a", "c", "not of this head"})])
+    total = free.probabilities["a"] + free.probabilities["c"]
+    assert bound.probabilities == pytest.approx(
+        {name: free.probabilities[name] / total for name in ("a", "c")}, abs=1e-4
+    )
+    assert sum(bound.probabilities.values()) == pytest.approx(1, abs=1e-9)
+    assert bound.worker == max(bound.probabilities, key=bound.probabilities.__getitem__)
+
+
+def test_constraints_differ_within_one_batch(router: Router) -> None:
+    allowed = [frozenset({"b"}), None, frozenset({"a", "b"})]
+    decisions = decide(router, allowed=allowed)
+    assert [set(decision.probabilities) for decision in decisions] == [{"b"}, {"a", "b", "c"}, {"a", "b"}]
+    assert [decision.source for decision in decisions] == ["single", "head", "head"]
+    assert decisions[0].worker == "b"
+    assert decisions[0].probabilities == {"b": 1.0}
+    assert decisions[1].probabilities == pytest.approx(decide(router)[1].probabilities, abs=1e-4)
+
+
+def test_a_seed_repeats_a_sample_whoever_else_is_in_the_batch(router: Router) -> None:
+    first = [decide(router, TALKS[:1], seeds=[seed], choose="sample")[0].worker for seed in range(20)]
+    again = [decide(router, TALKS, seeds=[seed, 1, 2], choose="sample")[0].worker for seed in range(20)]
+    assert first == again
+    assert len(set(first)) > 1
+
+
+def test_samples_follow_the_probabilities(folder: Path) -> None:
+    router = Router(Backbone.load(folder, dtype=torch.float32), head(), max_tokens=256, rng=random.Random(3))
+    probabilities = decide(router, TALKS[:1])[0].probabilities
+    assert max(probabilities.values()) < 0.9  # else there is little to sample
+    drawn = Counter(decision.worker for _ in range(30) for decision in decide(router, TALKS[:1] * 40, choose="sample"))
+    for name in WORKERS:
+        assert drawn[name] / 1200 == pytest.approx(probabilities[name], abs=0.06)
+
+
+def test_roles_are_three_more_logits_with_a_softmax_of_their_own(folder: Path) -> None:
+    info = replace(INFO, roles=True)
+    router = Router(Backbone.load(folder, dtype=torch.float32), head(info), max_tokens=256)
+    backbone = router.backbone
+    logits = backbone.hidden(encode(backbone.tokenizer, TALKS, "chat", 256)) @ router.checkpoint.weight.T
+    for decision, row in zip(decide(router), logits, strict=True):
+        assert decision.role == ("worker", "thinker", "verifier")[int(row[3:].argmax())]
+        assert list(decision.probabilities.values()) == pytest.approx(torch.softmax(row[:3], 0).tolist(), abs=1e-4)
+    (single,) = decide(router, TALKS[:1], allowed=[frozenset({"b"})])
+    assert single.worker == "b"
+    assert single.role == decide(router)[0].role
+
+
+def test_bad_calls(router: Router) -> None:
+    with pytest.raises(NoWorkerAllowedError):
+        decide(router, TALKS[:1], allowed=[frozenset({"nobody"})])
+    with pytest.raises(NoWorkerAllowedError):
+        decide(router, TALKS[:1], allowed=[frozenset()])
+    with pytest.raises(RequestError, match="must not be empty"):
+        decide(router, [()])
+    with pytest.raises(ValueError, match="equal length"):
+        router.decide(TALKS, [None], [None])
+    assert decide(router, []) == []
+
+
+def test_an_unusable_hidden_state_is_an_error_not_a_guess(folder: Path) -> None:
+    backbone = Backbone.load(folder, dtype=torch.float32)
+    with torch.no_grad():
+        backbone.model.get_parameter("norm.weight")[0] = float("nan")
+    with pytest.raises(FuguError, match="no usable hidden state"):
+        decide(Router(backbone, head(), max_tokens=256))
+
+
+def test_loading_checks_the_pool_the_backbone_and_the_limit(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "head.safetensors"
+    save_checkpoint(path, head())
+    router = Router.load(folder, path, ("c", "a", "b"), max_tokens=128, device="cpu", backbone="tiny", revision="r1")
+    assert router.workers == WORKERS  # rows keep the checkpoint's order
+    assert decide(router)[0].source == "head"
+    with pytest.raises(
+        CheckpointError, match=r"head\.safetensors does not fit: it has no row for d; it has rows for b"
+    ):
+        Router.load(folder, path, ("a", "c", "d"))
+    with pytest.raises(CheckpointError, match="trained on revision r1 of the backbone, this is r2"):
+        Router.load(folder, path, WORKERS, backbone="tiny", revision="r2")
+    with pytest.raises(ConfigError, match=r"max_tokens is 4096; this backbone can read 32 to 512"):
+        Router.load(folder, path, WORKERS, max_tokens=4096)
+    save_checkpoint(path, Checkpoint(INFO, torch.zeros(3, 8)))
+    with pytest.raises(CheckpointError, match="hidden states of size 8, this backbone has 32"):
+        Router.load(folder, path, WORKERS)
+
+
+def test_the_checkpoint_says_what_is_read(folder: Path, tmp_path: Path) -> None:
+    info = replace(INFO, position="mean", layer=2, prompt_format="raw")
+    path = tmp_path / "head.safetensors"
+    save_checkpoint(path, head(info))
+    router = Router.load(folder, path, WORKERS, max_tokens=128)
+    assert (router.backbone.position, router.backbone.layer) == ("mean", 2)
+    with pytest.raises(CheckpointError, match="the head reads mean of layer 2, the backbone gives last of layer -1"):
+        Router(Backbone.load(folder, position="last"), head(info), max_tokens=128)
+
+
+def test_without_a_head_the_order_decides() -> None:
+    decision = order_decision(WORKERS, frozenset({"c", "b"}))
+    assert decision == Decision("b", {"b": 0.5, "c": 0.5}, source="order")
+    assert order_decision(WORKERS, frozenset({"c"})) == Decision("c", {"c": 1.0}, source="single")
+    with pytest.raises(NoWorkerAllowedError):
+        order_decision(WORKERS, frozenset())
+
+
+def test_the_ranking_begins_with_the_choice_and_keeps_order_among_equals() -> None:
+    assert Decision("b", {"a": 0.2, "b": 0.1, "c": 0.5, "d": 0.2}).ranking == ("b", "c", "a", "d")
+    assert order_decision(WORKERS, None).ranking == WORKERS
+
+
+def test_only_the_ends_of_a_long_conversation_are_read(router: Router) -> None:
+    def talk(middle: str, end: str) -> tuple[Message, ...]:
+        return Message("user", "start " + "x" * 500), Message("assistant", middle * 5000), Message("user", end * 200)
+
+    first, second, third = decide(router, [talk("y", "end"), talk("z", "end"), talk("y", "fin")])
+    assert first.probabilities == pytest.approx(second.probabilities, abs=1e-6)
+    assert first.probabilities != pytest.approx(third.probabilities, abs=1e-6)
