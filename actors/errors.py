@@ -21,7 +21,7 @@
     │   ├── RateLimitedError              429   the provider's limit or ours; `retry_after` in seconds
     │   │   └── LimitReachedError         429   our own limit for the worker, before anything was sent
     │   ├── CircuitOpenError              503   the worker failed too often and rests
-    │   ├── WorkerTimeoutError            504   `phase` is connect, first_byte or total
+    │   ├── WorkerTimeoutError            504   `phase` is connect, first_byte, idle or total
     │   ├── WorkerUnavailableError        502   5xx, connection refused or reset, actor died
     │   ├── ProtocolError                 502   the provider sent something that is not its wire format
     │   └── StreamBrokenError             502   failed after the first byte; what was sent stands
@@ -190,7 +190,7 @@ class CircuitOpenError(WorkerError):
 
 
 class WorkerTimeoutError(WorkerError):
-    """`phase` is one of connect, first_byte, total."""
+    """`phase` is one of connect, first_byte, idle, total."""
 
     status = 504
     type = "timeout_error"

@@ -1,0 +1,215 @@
+"""What the three dialects share: putting a streamed answer together, and small translations of a request."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import orjson
+
+from actors.adapters.base import CallContext
+from actors.adapters.upstream import Upstream
+from actors.errors import StreamBrokenError, WorkerError
+from actors.messages import (
+    ChatReply,
+    ChatRequest,
+    Chunk,
+    FinishReason,
+    ImagePart,
+    Message,
+    Part,
+    TextPart,
+    ToolCall,
+    ToolCallDelta,
+    Usage,
+)
+
+
+@dataclass(slots=True)
+class Assembler:
+    """Collects an answer piece by piece. `take` gives what came since the last time as one chunk: pieces that
+    arrive in one network read leave as one chunk, which is what keeps a fast stream cheap downstream."""
+
+    text: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    tools: list[_Tool] = field(default_factory=list)
+    usage: Usage = Usage()
+    finish: FinishReason | None = None
+    _new_text: list[str] = field(default_factory=list)
+    _new_reasoning: list[str] = field(default_factory=list)
+    _new_tools: list[ToolCallDelta] = field(default_factory=list)
+
+    def add_text(self, piece: str) -> None:
+        if piece:
+            self._new_text.append(piece)
+
+    def add_reasoning(self, piece: str) -> None:
+        if piece:
+            self._new_reasoning.append(piece)
+
+    def open_tool(self, id: str, name: str, arguments: str = "") -> int:
+        """Begin a tool call; its index in the answer."""
+        index = len(self.tools)
+        self.tools.append(_Tool(id, name, [arguments] if arguments else []))
+        self._new_tools.append(ToolCallDelta(index, id, name, arguments))
+        return index
+
+    def add_arguments(self, index: int, piece: str) -> None:
+        if piece:
+            self.tools[index].arguments.append(piece)
+            self._new_tools.append(ToolCallDelta(index, arguments=piece))
+
+    def take(self) -> Chunk | None:
+        if not (self._new_text or self._new_reasoning or self._new_tools):
+            return None
+        chunk = Chunk("".join(self._new_text), "".join(self._new_reasoning), tuple(self._new_tools))
+        self.text.append(chunk.text)
+        self.reasoning.append(chunk.reasoning)
+        self._new_text.clear()
+        self._new_reasoning.clear()
+        self._new_tools.clear()
+        return chunk
+
+    def reply(self, worker: str, dropped: Iterable[str]) -> ChatReply:
+        """The whole answer. One that calls tools finishes with `tool_calls`, whatever the server called it."""
+        self.take()
+        calls = tuple(ToolCall(tool.id, tool.name, "".join(tool.arguments)) for tool in self.tools)
+        finish = self.finish or "stop"
+        return ChatReply(
+            worker=worker,
+            text="".join(self.text),
+            reasoning="".join(self.reasoning),
+            tool_calls=calls,
+            finish_reason="tool_calls" if calls and finish == "stop" else finish,
+            usage=self.usage,
+            dropped=tuple(dropped),
+        )
+
+
+@dataclass(slots=True)
+class _Tool:
+    id: str
+    name: str
+    arguments: list[str]
+
+
+class Reader(Protocol):
+    """A dialect's reading of its event stream. `done` turns true at the event that the dialect documents as the
+    last, or never where it documents none; `complete` says whether the answer has been given in full."""
+
+    answer: Assembler
+
+    @property
+    def done(self) -> bool: ...
+
+    @property
+    def complete(self) -> bool: ...
+
+    def read(self, data: str) -> None: ...
+
+
+async def stream_answer(
+    upstream: Upstream,
+    path: str,
+    body: Mapping[str, Any],
+    context: CallContext,
+    reader: Reader,
+    dropped: Iterable[str],
+) -> AsyncIterator[Chunk]:
+    """The chunks of a streamed call; the last carries the whole reply.
+
+    Raises:
+        StreamBrokenError: anything that fails after the first chunk, a missing end included.
+        WorkerError: anything that fails before it.
+    """
+    started = False
+    try:
+        async with upstream.open(path, body, context) as response:
+            while not reader.done:
+                events = await response.events()
+                if events is None:
+                    break
+                for event in events:
+                    reader.read(event.data)
+                    if reader.done:
+                        break
+                chunk = reader.answer.take()
+                if chunk is not None:
+                    started = True
+                    yield chunk
+            if not reader.complete:
+                raise upstream.malformed("the stream ended before the answer did")
+    except StreamBrokenError:
+        raise
+    except WorkerError as error:
+        if not started:
+            raise
+        raise StreamBrokenError(f"the answer broke off: {error.message}", worker=error.worker) from error
+    yield Chunk(final=reader.answer.reply(upstream.spec.name, dropped))
+
+
+async def collect(chunks: AsyncIterator[Chunk]) -> ChatReply:
+    """The reply at the end of a stream."""
+    async with aclosing(chunks) as stream:  # type: ignore[type-var]
+        async for chunk in stream:
+            if chunk.final is not None:
+                return chunk.final
+    raise AssertionError("a stream ends with its reply or an error")
+
+
+def parts_of(message: Message) -> tuple[Part, ...]:
+    """A message's content as parts, empty text left out (providers refuse it)."""
+    parts = (TextPart(message.content),) if isinstance(message.content, str) else message.content
+    return tuple(part for part in parts if isinstance(part, ImagePart) or part.text)
+
+
+def split_system(messages: Iterable[Message]) -> tuple[str, list[Message]]:
+    """System and developer texts, joined by blank lines, and the rest. Where there is no rest, the system text is
+    the conversation: providers that keep the two apart refuse an empty one."""
+    system, rest = [], []
+    for message in messages:
+        if message.role in ("system", "developer"):
+            system.append(message.text)
+        else:
+            rest.append(message)
+    text = "\n\n".join(filter(None, system))
+    return (text, rest) if rest else ("", [Message("user", text)])
+
+
+def data_url(url: str) -> tuple[str, str] | None:
+    """Media type and base64 data of a `data:` URL, or None for other addresses."""
+    if not url.startswith("data:"):
+        return None
+    head, _, data = url[5:].partition(",")
+    return head.removesuffix(";base64") or "application/octet-stream", data
+
+
+def arguments_object(call: ToolCall) -> dict[str, Any]:
+    """A tool call's arguments as the object some providers want. What is no JSON object is wrapped, not lost."""
+    if not call.arguments.strip():
+        return {}
+    try:
+        value = orjson.loads(call.arguments)
+    except orjson.JSONDecodeError:
+        value = call.arguments
+    return value if isinstance(value, dict) else {"arguments": value}
+
+
+def tool_call_id(request: ChatRequest, index: int, name: str, arguments: str = "") -> str:
+    """An id for a tool call that came without one: the same for the same call at the same place, everywhere, and
+    short enough for every provider that may see it later in the conversation."""
+    key = orjson.dumps([len(request.messages), index, name, arguments])
+    return f"call_{hashlib.sha256(key).hexdigest()[:24]}"
+
+
+def count(value: Any) -> int:
+    """A token count from a provider's JSON; what is absent or no count is 0."""
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+def given(**fields: Any) -> dict[str, Any]:
+    """The fields that are not None."""
+    return {name: value for name, value in fields.items() if value is not None}

@@ -1,0 +1,258 @@
+"""OpenAI chat completions, and every server that is compatible with them.
+
+Source: the API reference of OpenAI, "Chat completions", and for compatible servers (vLLM, DeepSeek, OpenRouter,
+Mistral and others) the deviations named where they are handled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import httpx
+import orjson
+
+from actors.adapters.assemble import Assembler, count, given, stream_answer, tool_call_id
+from actors.adapters.base import CallContext
+from actors.adapters.upstream import Upstream
+from actors.config import WorkerSpec
+from actors.messages import ChatReply, ChatRequest, Chunk, FinishReason, ImagePart, Message, Usage
+
+PATH = "/chat/completions"
+
+# OpenAI's own optional fields whose effect our replies can carry. Left out: `n`, `logprobs`, `top_logprobs`,
+# `audio`, `modalities` (no place in a reply), `functions` and `function_call` (replaced by tools).
+ACCEPTED = frozenset(
+    {
+        "frequency_penalty",
+        "logit_bias",
+        "metadata",
+        "moderation",
+        "prediction",
+        "presence_penalty",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+        "verbosity",
+        "web_search_options",
+    }
+)
+# Ours to decide, whatever a caller or `accepts` says.
+_OURS = frozenset({"model", "messages", "stream", "stream_options", "n"})
+
+_FINISH: Mapping[str, FinishReason] = {
+    "stop": "stop",
+    "length": "length",
+    "max_tokens": "length",
+    "model_length": "length",
+    "tool_calls": "tool_calls",
+    "function_call": "tool_calls",
+    "content_filter": "content_filter",
+}
+
+
+class OpenAIAdapter:
+    """See `actors.adapters.base.Adapter`."""
+
+    def __init__(self, spec: WorkerSpec, transport: httpx.AsyncBaseTransport) -> None:
+        key = spec.api_key.get_secret_value() if spec.api_key else ""
+        self._upstream = Upstream(spec, transport, {"authorization": f"Bearer {key}"} if key else {})
+
+    async def complete(self, request: ChatRequest, context: CallContext) -> ChatReply:
+        body, dropped = request_body(self._upstream.spec, request)
+        reply = await self._upstream.post(PATH, body, context)
+        reader = _Reader(self._upstream, request)
+        reader.take_whole(reply)
+        return reader.answer.reply(self._upstream.spec.name, dropped)
+
+    def stream(self, request: ChatRequest, context: CallContext) -> AsyncIterator[Chunk]:
+        body, dropped = request_body(self._upstream.spec, request)
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        reader = _Reader(self._upstream, request)
+        return stream_answer(self._upstream, PATH, body, context, reader, dropped)
+
+    async def close(self) -> None:
+        await self._upstream.transport.aclose()
+
+
+def request_body(spec: WorkerSpec, request: ChatRequest) -> tuple[dict[str, Any], list[str]]:
+    """The body of a plain call, and the names of fields that were dropped."""
+    body: dict[str, Any] = {"model": spec.model, "messages": _messages(spec, request)}
+    body |= given(
+        temperature=request.temperature,
+        top_p=request.top_p,
+        seed=request.seed,
+        stop=list(request.stop) or None,
+        reasoning_effort=request.reasoning_effort,
+    )
+    if request.max_tokens is not None:
+        body[spec.max_tokens_field] = request.max_tokens
+    if request.tools:
+        body["tools"] = [
+            {
+                "type": "function",
+                "function": given(
+                    name=tool.name,
+                    description=tool.description or None,
+                    parameters=dict(tool.parameters) or None,
+                    strict=tool.strict,
+                ),
+            }
+            for tool in request.tools
+        ]
+        body |= given(parallel_tool_calls=request.parallel_tool_calls)
+    if request.tool_choice is not None:
+        choice = request.tool_choice
+        named = {"type": "function", "function": {"name": choice.name}}
+        body["tool_choice"] = named if choice.mode == "named" else choice.mode
+    wanted = request.response_format
+    if wanted is not None and wanted.kind == "json_schema":
+        schema = given(name=wanted.name, schema=wanted.schema, strict=wanted.strict)
+        body["response_format"] = {"type": "json_schema", "json_schema": schema}
+    elif wanted is not None:
+        body["response_format"] = {"type": wanted.kind}
+    accepted = (ACCEPTED | set(spec.accepts)) - _OURS
+    dropped = [name for name in request.extra if name not in accepted]
+    body |= {name: value for name, value in request.extra.items() if name in accepted and name not in body}
+    return body, dropped
+
+
+def _messages(spec: WorkerSpec, request: ChatRequest) -> list[dict[str, Any]]:
+    # Compatible servers feed roles to a chat template, and few templates know `developer`.
+    host = httpx.URL(spec.url).host
+    knows_developer = host.endswith(("openai.com", "azure.com"))
+    messages = []
+    for message in request.messages:
+        role = "system" if message.role == "developer" and not knows_developer else message.role
+        item: dict[str, Any] = {"role": role, "content": _content(message)}
+        item |= given(name=message.name, tool_call_id=message.tool_call_id)
+        if message.tool_calls:
+            item["content"] = item["content"] or None
+            item["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in message.tool_calls
+            ]
+        messages.append(item)
+    return messages
+
+
+def _content(message: Message) -> str | list[dict[str, Any]]:
+    if isinstance(message.content, str):
+        return message.content
+    parts: list[dict[str, Any]] = []
+    for part in message.content:
+        if isinstance(part, ImagePart):
+            detail = None if part.detail == "auto" else part.detail
+            parts.append({"type": "image_url", "image_url": given(url=part.url, detail=detail)})
+        else:
+            parts.append({"type": "text", "text": part.text})
+    return parts
+
+
+class _Reader:
+    """Reads replies and chunks; both have the same fields, under `message` or under `delta`."""
+
+    def __init__(self, upstream: Upstream, request: ChatRequest) -> None:
+        self.answer = Assembler()
+        self.done = False
+        self._upstream = upstream
+        self._request = request
+        self._places: dict[int, int] = {}
+
+    @property
+    def complete(self) -> bool:
+        return self.done and self.answer.finish is not None
+
+    def read(self, data: str) -> None:
+        if data.strip() == "[DONE]":
+            self.done = True
+            return
+        try:
+            chunk = orjson.loads(data)
+        except orjson.JSONDecodeError:
+            raise self._upstream.malformed("an event is no JSON") from None
+        if not isinstance(chunk, dict):
+            raise self._upstream.malformed("an event is no object")
+        self._upstream.raise_error_in(chunk)
+        for choice in chunk.get("choices") or ():
+            self._choice(choice, choice.get("delta") or {})
+        self._usage(chunk.get("usage"))
+
+    def take_whole(self, reply: dict[str, Any]) -> None:
+        choices = reply.get("choices")
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+            raise self._upstream.malformed("it has no choices")
+        message = choices[0].get("message")
+        if not isinstance(message, dict):
+            raise self._upstream.malformed("the choice has no message")
+        self._choice(choices[0], message)
+        self._usage(reply.get("usage"))
+
+    def _choice(self, choice: dict[str, Any], said: dict[str, Any]) -> None:
+        answer = self.answer
+        content = said.get("content")
+        if isinstance(content, str):
+            answer.add_text(content)
+        elif isinstance(content, list):
+            self._parts(content)
+        # vLLM, DeepSeek and OpenRouter; servers in transition send both with the same text.
+        reasoning = said.get("reasoning_content") or said.get("reasoning")
+        if isinstance(reasoning, str):
+            answer.add_reasoning(reasoning)
+        for place, call in enumerate(said.get("tool_calls") or ()):
+            self._tool_call(place, call)
+        finish = choice.get("finish_reason")
+        if finish:
+            answer.finish = _FINISH.get(finish, "stop")
+        if refusal := said.get("refusal"):
+            answer.add_text(refusal)
+            answer.finish = "content_filter"
+            self._refused = True
+
+    def _parts(self, content: list[Any]) -> None:
+        """Mistral's reasoning models answer in parts."""
+        for part in content:
+            if isinstance(part, dict) and part.get("type") == "text":
+                self.answer.add_text(part.get("text") or "")
+            elif isinstance(part, dict) and part.get("type") == "thinking":
+                for thought in part.get("thinking") or ():
+                    self.answer.add_reasoning(thought.get("text") or "")
+
+    def _tool_call(self, place: int, call: dict[str, Any]) -> None:
+        function = call.get("function") or {}
+        name, arguments = function.get("name"), function.get("arguments") or ""
+        if not isinstance(arguments, str):
+            arguments = orjson.dumps(arguments).decode()
+        # Some servers leave out the index of a streamed call; a name then begins the next one.
+        index = call.get("index")
+        if index is None:
+            index = len(self._places) if name else max(self._places, default=place)
+        if index in self._places:
+            self.answer.add_arguments(self._places[index], arguments)
+        elif name:
+            number = len(self.answer.tools)
+            id = call.get("id") or tool_call_id(self._request, number, name)
+            self._places[index] = self.answer.open_tool(id, name, arguments)
+        else:
+            raise self._upstream.malformed("a tool call has no name")
+
+    def _usage(self, usage: Any) -> None:
+        if not isinstance(usage, dict):
+            return
+        prompt, completion = count(usage.get("prompt_tokens")), count(usage.get("completion_tokens"))
+        cached = count((usage.get("prompt_tokens_details") or {}).get("cached_tokens"))
+        # DeepSeek's name for the same.
+        cached = cached or count(usage.get("prompt_cache_hit_tokens"))
+        reasoning = count((usage.get("completion_tokens_details") or {}).get("reasoning_tokens"))
+        # xAI counts reasoning beside the completion, not in it; the total tells which.
+        if reasoning and count(usage.get("total_tokens")) == prompt + completion + reasoning:
+            completion += reasoning
+        self.answer.usage = Usage(prompt, completion, cached, reasoning)
