@@ -1,0 +1,370 @@
+"""Continuous batching over a transformers model, on CPU or GPU.
+
+One thread owns the model. Between two decoding steps requests join the batch (their prompt is read alone, in
+pieces, and their key-value cache put beside the others', padded on the left) and leave it, so nobody waits for the
+longest answer. The scheme is Orca's iteration-level scheduling (Yu et al. 2022, §3).
+
+Every row has its own sampling settings, random generator and, with LoRA, its own adapter. In float32 a row's tokens
+do not depend on who shares the batch; in bfloat16 rounding can tip a near tie.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from actors.adapters.decoding import Detokenizer, StopFilter, sample
+from actors.adapters.local_model import LoadedModel, load_model
+from actors.errors import ContextLengthError, FuguError, WorkerRejectedError, WorkerUnavailableError
+from actors.messages import ChatReply, ChatRequest, FinishReason, Message, Usage
+
+PREFILL_TOKENS = 256
+"""Prompt tokens read between two decoding steps: well under half a second on two cores."""
+CACHE_BYTES = 2 << 30
+"""Key-value cache for all rows together; a row alone is always let in."""
+BATCH_TIMEOUT = 6 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of a generation: why it ended and what it cost. `text` is all text that was emitted."""
+
+    text: str
+    reason: FinishReason
+    usage: Usage
+
+
+Event = str | Finished | FuguError
+
+
+@dataclass(eq=False, slots=True)
+class Generation:
+    """One request in the engine. `emit` is called from the engine's thread: with pieces of text, then once with
+    `Finished` or an error. Setting `cancelled` ends it before the next step, without a further event."""
+
+    prompt: list[int]
+    adapter: str | None
+    max_tokens: int
+    temperature: float
+    top_p: float
+    random: torch.Generator
+    detokenizer: Detokenizer
+    stop: StopFilter
+    emit: Callable[[Event], None]
+    tokens: list[int] = field(default_factory=list)
+    text: list[str] = field(default_factory=list)
+    cancelled: bool = False
+
+    @property
+    def cached(self) -> int:
+        """Tokens in the key-value cache while decoding: all but the newest."""
+        return len(self.prompt) + len(self.tokens) - 1
+
+
+class LocalEngine:
+    """A model in memory, its LoRA adapters, and the thread that decodes. Make it with `load`, end it with `close`."""
+
+    def __init__(self, loaded: LoadedModel, *, max_batch: int = 16, context: int | None = None) -> None:
+        model, tokenizer = loaded.model, loaded.tokenizer
+        config = model.config.get_text_config()
+        self.context = min(config.max_position_embeddings, context or config.max_position_embeddings)
+        self._model = model
+        self._tokenizer = tokenizer
+        self._adapters = loaded.adapters
+        self._max_batch = max_batch
+        defaults = model.generation_config
+        ends = defaults.eos_token_id if isinstance(defaults.eos_token_id, list) else [defaults.eos_token_id]
+        self._ends = {token for token in [*ends, tokenizer.eos_token_id] if token is not None}
+        self._temperature = 1.0 if defaults.temperature is None else float(defaults.temperature)
+        self._top_p = 1.0 if defaults.top_p is None else float(defaults.top_p)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._token_bytes = 2 * config.num_hidden_layers * heads * size * model.dtype.itemsize
+        self._longest_token = max(len(token) for token in tokenizer.get_vocab())
+        self._changed = threading.Condition()
+        self._waiting: deque[Generation] = deque()
+        self._closed = False
+        # What follows belongs to the thread.
+        self._joining: tuple[Generation, DynamicCache] | None = None
+        self._rows: list[Generation] = []
+        self._cache: Any = None  # a DynamicCache while there are rows
+        self._thread = threading.Thread(target=self._run, name="local-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        device: str = "auto",
+        adapters: Mapping[str, Path] | None = None,
+        max_batch: int = 16,
+        dtype: torch.dtype | None = None,
+        context: int | None = None,
+    ) -> LocalEngine:
+        """Load a model folder and the LoRA adapters (worker name → folder) over it.
+
+        `dtype` defaults to bfloat16 on a GPU and on a CPU that computes in it, else float32. `context` shortens the
+        model's own context length, in tokens.
+
+        Raises:
+            ConfigError: the folder holds no chat model we can load, an adapter does not fit, or there is no GPU.
+        """
+        loaded = load_model(folder, device=device, adapters=adapters or {}, dtype=dtype)
+        return cls(loaded, max_batch=max_batch, context=context)
+
+    def prepare(self, request: ChatRequest, emit: Callable[[Event], None], *, adapter: str | None = None) -> Generation:
+        """Turn a request into tokens and settings; takes time with the prompt's length, so call it off the event
+        loop. Tools, response formats and fields we do not know have no effect here.
+
+        Raises:
+            ContextLengthError: no room is left for an answer.
+            WorkerRejectedError: the request needs what a text model cannot do, or its chat template refuses it.
+        """
+        text = self._render(request)
+        # Before the costly exact count: no text this long fits, even in the longest tokens.
+        prompt = [] if len(text) > self.context * self._longest_token else self._encode(text)
+        if not 0 < len(prompt) < self.context:
+            length = f"{len(prompt)} tokens" if prompt else f"{len(text)} characters"
+            raise ContextLengthError(
+                f"the conversation is {length} long; this worker's context holds {self.context} tokens, "
+                "answer included",
+                param="messages",
+            )
+        room = self.context - len(prompt)
+        random = torch.Generator()
+        if request.seed is None:
+            random.seed()
+        else:
+            random.manual_seed(request.seed % 2**63)
+        return Generation(
+            prompt=prompt,
+            adapter=None if adapter is None else self._adapters[adapter],
+            max_tokens=min(request.max_tokens or room, room),
+            temperature=self._temperature if request.temperature is None else request.temperature,
+            top_p=self._top_p if request.top_p is None else request.top_p,
+            random=random,
+            detokenizer=Detokenizer(self._decode),
+            stop=StopFilter(request.stop),
+            emit=emit,
+        )
+
+    def submit(self, generation: Generation) -> None:
+        """Queue a prepared generation; its events follow."""
+        with self._changed:
+            if self._closed:
+                raise WorkerUnavailableError("the local engine is closed")
+            self._waiting.append(generation)
+            self._changed.notify()
+
+    def generate_batch(self, requests: Sequence[ChatRequest], *, adapter: str | None = None) -> list[ChatReply]:
+        """Answer many requests and wait for all: `replies[i]` answers `requests[i]`. For labelling.
+
+        Raises:
+            FuguError: the first error of any request; the others are cancelled.
+        """
+        running: list[Generation] = []
+        futures: list[Future[Finished]] = []
+        try:
+            for request in requests:
+                future: Future[Finished] = Future()
+                futures.append(future)
+                running.append(self.prepare(request, _resolver(future), adapter=adapter))
+                self.submit(running[-1])
+            ends = [future.result(timeout=BATCH_TIMEOUT) for future in futures]
+        finally:
+            for generation in running:
+                generation.cancelled = True
+        return [
+            ChatReply(worker=adapter or "", text=end.text, finish_reason=end.reason, usage=end.usage) for end in ends
+        ]
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Fail what is running and end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(timeout)
+
+    # Text ----------------------------------------------------------------------------------------------------
+
+    def _render(self, request: ChatRequest) -> str:
+        messages = [_plain(message) for message in request.messages]
+        try:
+            return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        except Exception as error:  # a template is a program of the model's maker and may raise anything
+            raise WorkerRejectedError(
+                f"the model's chat template refuses this conversation: {type(error).__name__}", param="messages"
+            ) from error
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    # The thread ----------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while True:
+            try:
+                if not self._take():
+                    break
+                if self._joining is not None:
+                    self._prefill(*self._joining)
+                if self._rows:
+                    self._step()
+            except Exception as error:  # out of memory and the like: everyone in the batch must hear of it
+                self._fail(WorkerUnavailableError(f"the local model failed: {type(error).__name__}"))
+        self._fail(WorkerUnavailableError("the local engine was closed"))
+
+    def _take(self) -> bool:
+        """Drop what was cancelled and let the next request in; False when closed. Sleeps while there is nothing."""
+        with self._changed:
+            while not self._closed:
+                self._waiting = deque(waiting for waiting in self._waiting if not waiting.cancelled)
+                if self._joining is not None and self._joining[0].cancelled:
+                    self._joining = None
+                self._keep([index for index, row in enumerate(self._rows) if not row.cancelled])
+                if self._joining is None and self._waiting and self._has_room(self._waiting[0]):
+                    self._joining = (self._waiting.popleft(), DynamicCache())
+                if self._joining is not None or self._rows:
+                    return True
+                self._changed.wait()
+            return False
+
+    def _has_room(self, new: Generation) -> bool:
+        """Rows are padded to the longest, so the cache's final size is rows × longest."""
+        longest = max(len(row.prompt) + row.max_tokens for row in [*self._rows, new])
+        fits = (len(self._rows) + 1) * longest * self._token_bytes <= CACHE_BYTES
+        return not self._rows or (len(self._rows) < self._max_batch and fits)
+
+    def _prefill(self, row: Generation, cache: DynamicCache) -> None:
+        """Read the next piece of a prompt; after the last one sample the first token and join the batch."""
+        start = cache.get_seq_length()
+        piece = row.prompt[start : start + PREFILL_TOKENS]
+        logits = self._forward([row], torch.tensor([piece]), torch.arange(start, start + len(piece))[None], None, cache)
+        if start + len(piece) < len(row.prompt):
+            return
+        self._joining = None
+        if self._advance(row, logits[0]):
+            self._join(row, cache)
+
+    def _step(self) -> None:
+        """One token for every row; rows that are done leave."""
+        width = self._cache.get_seq_length() + 1
+        lengths = torch.tensor([row.cached for row in self._rows])
+        mask = (torch.arange(width) >= width - 1 - lengths[:, None]).long()
+        newest = torch.tensor([[row.tokens[-1]] for row in self._rows])
+        logits = self._forward(self._rows, newest, lengths[:, None], mask, self._cache)
+        self._keep([index for index, row in enumerate(self._rows) if self._advance(row, logits[index])])
+
+    def _forward(
+        self,
+        rows: Sequence[Generation],
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor | None,
+        cache: DynamicCache,
+    ) -> torch.Tensor:
+        """Logits [rows, vocabulary] after the last of `tokens` [rows, length]; the cache grows by them."""
+        device = self._model.device
+        names = {"adapter_names": [row.adapter or "__base__" for row in rows]} if self._adapters else {}
+        output = self._model(
+            input_ids=tokens.to(device),
+            position_ids=positions.to(device),
+            attention_mask=None if mask is None else mask.to(device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **names,
+        )
+        return output.logits[:, -1]
+
+    def _advance(self, row: Generation, logits: torch.Tensor) -> bool:
+        """Sample a token, emit the text that is now certain, and say whether the row goes on."""
+        uniform = float(torch.rand((), generator=row.random, dtype=torch.float64)) if row.temperature else 0.0
+        token = sample(logits, row.temperature, row.top_p, uniform)
+        row.tokens.append(token)
+        ended = token in self._ends
+        full = len(row.tokens) >= row.max_tokens
+        text = row.stop.push("" if ended else row.detokenizer.push(token))
+        if ended or full:
+            text += row.stop.push(row.detokenizer.flush())
+            text += row.stop.flush()
+        if text:
+            row.text.append(text)
+            row.emit(text)
+        if not (ended or full or row.stop.stopped):
+            return True
+        reason: FinishReason = "stop" if ended or row.stop.stopped else "length"
+        row.emit(Finished("".join(row.text), reason, Usage(len(row.prompt), len(row.tokens))))
+        return False
+
+    def _join(self, row: Generation, cache: Any) -> None:
+        self._rows.append(row)
+        if self._cache is None:
+            self._cache = cache
+            return
+        for ours, theirs in zip(self._cache.layers, cache.layers, strict=True):
+            ours.keys = _stack(ours.keys, theirs.keys)
+            ours.values = _stack(ours.values, theirs.values)
+
+    def _keep(self, indices: list[int]) -> None:
+        """Keep only these rows, and of the cache only the columns that one of them uses."""
+        if len(indices) == len(self._rows):
+            return
+        self._rows = [self._rows[index] for index in indices]
+        if not self._rows:
+            self._cache = None
+        else:
+            width = max(row.cached for row in self._rows)
+            for layer in self._cache.layers:
+                layer.keys = layer.keys[indices, :, -width:]
+                layer.values = layer.values[indices, :, -width:]
+
+    def _fail(self, error: FuguError) -> None:
+        with self._changed:
+            failed = [*self._rows, *([self._joining[0]] if self._joining else [])]
+            if self._closed:
+                failed += self._waiting
+                self._waiting.clear()
+        self._rows, self._cache, self._joining = [], None, None
+        for row in failed:
+            row.emit(error)
+
+
+def _stack(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """Two caches [rows, heads, length, size] over each other, the shorter padded on the left."""
+    width = max(ours.shape[2], theirs.shape[2])
+    padded = [torch.nn.functional.pad(part, (0, 0, width - part.shape[2], 0)) for part in (ours, theirs)]
+    return torch.cat(padded)
+
+
+def _plain(message: Message) -> dict[str, str]:
+    """A message as chat templates know it: role and text."""
+    if message.images:
+        raise WorkerRejectedError("this worker reads text only, no images", param="messages")
+    if message.role == "tool" or message.tool_calls:
+        raise WorkerRejectedError("this worker cannot follow tool calls in a conversation", param="messages")
+    role = "system" if message.role == "developer" else message.role
+    return {"role": role, "content": message.text}
+
+
+def _resolver(future: Future[Finished]) -> Callable[[Event], None]:
+    def emit(event: Event) -> None:
+        if isinstance(event, Finished):
+            future.set_result(event)
+        elif isinstance(event, FuguError):
+            future.set_exception(event)
+
+    return emit
