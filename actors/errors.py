@@ -2,7 +2,8 @@
 
     FuguError                             500
     ├── ConfigError                       500   configuration or checkpoint does not fit; says where
-    │   └── CheckpointError               500   a checkpoint that does not belong to this pool or backbone
+    │   ├── CheckpointError               500   a checkpoint that does not belong to this pool or backbone
+    │   └── DataError                     500   tasks or outcomes that cannot be used; names file, row or worker
     ├── RequestError                      400   the caller's request is wrong; `param` names the field
     │   ├── AuthenticationError           401
     │   ├── PermissionDeniedError         403
@@ -87,6 +88,10 @@ class ConfigError(FuguError):
 
 class CheckpointError(ConfigError):
     code = "invalid_checkpoint"
+
+
+class DataError(ConfigError):
+    code = "invalid_data"
 
 
 class RequestError(FuguError):
