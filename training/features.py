@@ -1,0 +1,82 @@
+"""Hidden states of many prompts, computed once and kept on disk, so that an epoch costs matrix products only."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from array import array
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.messages import Message
+from orchestrator.backbone import Backbone
+from orchestrator.head import PromptFormat
+from orchestrator.prompt import encode
+
+
+def features(
+    backbone: Backbone,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    prompt_format: PromptFormat,
+    max_tokens: int,
+    revision: str,
+    cache: Path | None,
+    batch_tokens: int = 4096,
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Tensor:
+    """Hidden states `[N, d]`, float32, in the order given.
+
+    With `cache` (an SQLite file, made when missing) known states are read and new ones are written batch by batch, so
+    that a run that is killed goes on where it was. A state is keyed by `revision` of the backbone, the numbers it is
+    computed in, position, layer and the tokens read, which hold prompt format, limit and text.
+    """
+    prompts = encode(backbone.tokenizer, conversations, prompt_format, max_tokens)
+    setting = f"{revision}|{backbone.dtype}|{backbone.position}|{backbone.layer}|".encode()
+    keys = [hashlib.sha256(setting + array("q", prompt).tobytes()).digest() for prompt in prompts]
+    found = torch.zeros(len(prompts), backbone.dimension)
+    if cache is None:
+        _compute(backbone, prompts, range(len(prompts)), found, batch_tokens, on_progress, lambda _indices: None)
+        return found
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(cache, timeout=60)) as store:
+        store.execute("CREATE TABLE IF NOT EXISTS states (key BLOB PRIMARY KEY, state BLOB NOT NULL) WITHOUT ROWID")
+        missing = []
+        for index, key in enumerate(keys):
+            row = store.execute("SELECT state FROM states WHERE key = ?", (key,)).fetchone()
+            if row is None:
+                missing.append(index)
+            else:
+                found[index] = torch.from_numpy(np.frombuffer(row[0], dtype=np.float32).copy())
+
+        def keep(indices: Sequence[int]) -> None:
+            with store:
+                rows = [(keys[index], found[index].numpy().tobytes()) for index in indices]
+                store.executemany("INSERT OR REPLACE INTO states VALUES (?, ?)", rows)
+
+        _compute(backbone, prompts, missing, found, batch_tokens, on_progress, keep)
+    return found
+
+
+def _compute(
+    backbone: Backbone,
+    prompts: Sequence[Sequence[int]],
+    wanted: Sequence[int],
+    found: Tensor,
+    batch_tokens: int,
+    on_progress: Callable[[int, int], None],
+    keep: Callable[[Sequence[int]], None],
+) -> None:
+    done = len(prompts) - len(wanted)
+    on_progress(done, len(prompts))
+    for part, states in backbone.hidden_all([prompts[index] for index in wanted], batch_tokens=batch_tokens):
+        indices = [wanted[position] for position in part]
+        found[indices] = states
+        keep(indices)
+        done += len(indices)
+        on_progress(done, len(prompts))
