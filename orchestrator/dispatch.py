@@ -104,7 +104,9 @@ async def complete(workers: Sequence[Worker], request: ChatRequest, *, record: R
             record.attempts.append(Attempt(worker.name, started - began, clock() - started, error=error))
             continue
         record.worker = worker.name
-        record.attempts.append(Attempt(worker.name, started - began, clock() - started, reply.timing.first_byte_s))
+        record.attempts.append(
+            Attempt(worker.name, started - began, clock() - started, reply.timing.queued_s + reply.timing.first_byte_s)
+        )
         return reply
     raise _all_failed(failures)
 

@@ -129,7 +129,6 @@ async def test_a_success_asks_nobody_else() -> None:
     assert record.attempts == [Attempt("a", 1.0, 1.0, 0.0)]
 
 
-@pytest.mark.filterwarnings("ignore:coroutine")
 @pytest.mark.parametrize("run", ["complete", "stream"])
 async def test_all_failed_names_each_reason(run: str) -> None:
     workers = (
@@ -137,10 +136,11 @@ async def test_all_failed_names_each_reason(run: str) -> None:
         Scripted("b", RateLimitedError("busier", worker="b", retry_after=3)),
     )
     record = Record()
-    ask = {
-        "complete": dispatch.complete(workers, REQUEST, record=record, clock=Clock()),
-        "stream": collect(workers, record),
-    }[run]
+    ask = (
+        dispatch.complete(workers, REQUEST, record=record, clock=Clock())
+        if run == "complete"
+        else collect(workers, record)
+    )
     with pytest.raises(AllWorkersFailedError) as caught:
         await ask
     assert caught.value.http_status == 429

@@ -1,0 +1,224 @@
+"""`build_app`: the Serve application of a configuration; `Server`: one that runs, and how it starts and stops.
+
+    server = Server.start(config)             # starts a Ray of its own, or joins `address`
+    server.wait_ready(timeout=60)
+    ...
+    server.stop()                             # drains, then stops what `start` started and nothing else
+
+`serve.environment.prepare` comes first, before anything imports ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions
+
+from actors.config import FuguConfig, Replicas
+from actors.errors import ConfigError, FuguError
+from actors.pool import WorkerPool
+from serve.auth import check_bind
+from serve.gateway import GatewayReplica
+from serve.router import RouterReplica
+
+log = logging.getLogger("fugu.app")
+
+APP = "fugu"
+NAMESPACE = "fugu"
+# Ray's object store holds nothing but the odd long conversation on its way to the router.
+OBJECT_STORE_BYTES = 100 * 1024 * 1024
+LOGGING = {"log_level": "WARNING", "enable_access_log": False}
+
+
+def build_app(config: FuguConfig, *, gpu: bool = False) -> serve.Application:
+    """Gateway and, where there is something to decide, router. `gpu`: the cluster has one for the router.
+
+    Without a checkpoint, or with one worker left, no router is deployed.
+    """
+    settings = config.serve
+    router = None
+    if needs_router(config):
+        actor = {"num_cpus": 0, "num_gpus": settings.gpus_per_router if gpu else 0}
+        router = serve.deployment(
+            name="Router",
+            ray_actor_options=actor,
+            max_ongoing_requests=max(256, 4 * config.router.max_batch),
+            **_replicas(settings.router_replicas),
+        )(RouterReplica).bind(config.router, [spec.name for spec in config.workers])
+    gateway = serve.deployment(
+        name="Gateway",
+        ray_actor_options={"num_cpus": 0},
+        # The gateway refuses what is beyond its limit, in words; Serve's own limit must not be met first.
+        max_ongoing_requests=settings.max_ongoing_requests + 256,
+        graceful_shutdown_timeout_s=settings.drain + 2,
+        graceful_shutdown_wait_loop_s=0.25,
+        **_replicas(settings.gateway_replicas),
+    )(serve.ingress()(GatewayReplica))
+    return gateway.bind(config, router)
+
+
+def needs_router(config: FuguConfig) -> bool:
+    return config.router.checkpoint is not None and len(config.active) > 1
+
+
+def _replicas(bounds: Replicas) -> dict[str, Any]:
+    if bounds.min == bounds.max:
+        return {"num_replicas": bounds.min}
+    return {
+        "autoscaling_config": {
+            "min_replicas": bounds.min,
+            "max_replicas": bounds.max,
+            "target_ongoing_requests": bounds.target_ongoing,
+        }
+    }
+
+
+@dataclass
+class Server:
+    """A running application. `owns_ray`: Ray was started for it and ends with it; `folder` is HAProxy's."""
+
+    config: FuguConfig
+    url: str
+    owns_ray: bool
+    folder: Path | None = None
+    _pool: WorkerPool | None = None
+
+    @classmethod
+    def start(
+        cls,
+        config: FuguConfig,
+        *,
+        address: str | None = None,
+        dashboard: bool = False,
+        folder: Path | None = None,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> Server:
+        """Start Ray (or join the one at `address`), the provider actors and the application.
+
+        Raises:
+            ConfigError: a public address without keys, a port that is taken, or no Ray at `address`.
+        """
+        check_bind(config.serve)
+        settings = config.serve
+        if address is None:
+            check_port_free(settings.host, settings.port)
+            progress("starting Ray")
+            init_ray(dashboard)
+        else:
+            progress(f"joining Ray at {address}")
+            _join_ray(address)
+        server = cls(config, _url(settings.host, settings.port), address is None, folder)
+        try:
+            progress("starting the workers")
+            server._pool = WorkerPool.connect(config, namespace=NAMESPACE)
+            progress("starting the gateway")
+            serve.start(
+                proxy_location="EveryNode",
+                http_options=HTTPOptions(host=settings.host, port=settings.port, keep_alive_timeout_s=90),
+                logging_config=LOGGING,
+            )
+            gpu = ray.cluster_resources().get("GPU", 0) > 0
+            app = build_app(config, gpu=gpu)
+            serve._run(app, _blocking=False, name=APP, route_prefix="/", logging_config=LOGGING)
+        except BaseException:
+            server.stop(drain=False)
+            raise
+        return server
+
+    def wait_ready(self, timeout: float, progress: Callable[[str], None] = lambda _: None) -> None:
+        """Wait until `/readyz` says so.
+
+        Raises:
+            FuguError: a part failed for good (a checkpoint that does not fit), or the time is over; says which.
+        """
+        deadline = time.monotonic() + timeout
+        state = "no answer"
+        with httpx.Client(base_url=self.url, timeout=5.0, trust_env=False) as client:
+            while time.monotonic() < deadline:
+                try:
+                    answer = client.get("/readyz")
+                    parts: dict[str, str] = answer.json()["parts"]
+                except (httpx.HTTPError, ValueError, KeyError):
+                    progress("starting the gateway")
+                else:
+                    if answer.status_code == 200:
+                        return
+                    state = "; ".join(f"{part}: {why}" for part, why in parts.items() if why != "ready")
+                    progress(state)
+                    failed = [why.removeprefix("failed: ") for why in parts.values() if why.startswith("failed: ")]
+                    if failed:
+                        raise ConfigError("; ".join(failed))
+                time.sleep(0.2)
+        raise FuguError(f"not ready after {timeout:g} s ({state})")
+
+    def stop(self, *, drain: bool = True) -> None:
+        """Let running requests finish (at most `serve.drain` seconds, none with `drain=False`), then stop the
+        application, its provider actors, and Ray if it was started here."""
+        if ray.is_initialized():
+            if drain or not self.owns_ray:
+                _quietly("deleting the application", lambda: serve.delete(APP))
+            if self._pool is not None:
+                _quietly("stopping the workers", self._pool.shutdown)
+            if self.owns_ray:
+                _quietly("stopping Serve", serve.shutdown)
+            ray.shutdown()
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def check_port_free(host: str, port: int) -> None:
+    """Raises:
+    ConfigError: something listens on it already, or the address is not ours.
+    """
+    import socket
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {host}:{port} ({error.strerror}); choose another with serve.port or --port"
+            ) from None
+
+
+def init_ray(dashboard: bool) -> None:
+    """Start a Ray of our own: no dashboard unless asked for, little memory, nothing on the console."""
+    ray.init(
+        address="local",
+        namespace=NAMESPACE,
+        include_dashboard=dashboard,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=OBJECT_STORE_BYTES,
+    )
+
+
+def _join_ray(address: str) -> None:
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"no Ray at {address}: {error}") from None
+
+
+def _url(host: str, port: int) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{host}:{port}"
+
+
+def _quietly(what: str, action: Callable[[], Any]) -> None:
+    """Stopping goes on whatever one step says; the log tells of it."""
+    try:
+        action()
+    except Exception as error:
+        log.warning("%s: %s", what, type(error).__name__)

@@ -1,0 +1,154 @@
+"""The gateway: the ASGI application of the ingress deployment. It never imports torch.
+
+Chat completions go straight from ASGI to their handler; the other paths are FastAPI's, which also writes `/docs`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
+
+from actors.config import FuguConfig
+from actors.errors import FuguError, MethodNotAllowedError, NotFoundError, OverloadedError, RequestError
+from actors.messages import Worker
+from actors.pool import WorkerPool
+from serve.api.chat import ChatEndpoint
+from serve.api.health import Readiness
+from serve.api.http import headers_of, send_error
+from serve.api.models import models_body, one_model_body
+from serve.auth import Keys
+from serve.router import Decider, OrderDecider, RouterClient
+from serve.schema import ChatBody
+from serve.translate import dumps
+
+log = logging.getLogger("fugu.gateway")
+
+CHAT_PATH = "/v1/chat/completions"
+
+
+class Gateway:
+    """The ASGI application. At most `serve.max_ongoing_requests` chats run at once; more are told to come again."""
+
+    def __init__(self, config: FuguConfig, workers: Sequence[Worker], decider: Decider, readiness: Readiness) -> None:
+        self._chat = ChatEndpoint(config, workers, decider)
+        self._rest = _rest(config, readiness)
+        self._limit = config.serve.max_ongoing_requests
+        self._ongoing = 0
+        # Serve names its metrics after the route that matches; the busiest first.
+        self.routes: list[BaseRoute] = [Route(CHAT_PATH, _never, methods=["POST"]), *self._rest.routes]
+        self.router = self._rest.router
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != CHAT_PATH or scope["method"] != "POST":
+            await self._rest(scope, receive, send)
+            return
+        if self._ongoing >= self._limit:
+            await send_error(send, OverloadedError(f"{self._limit} requests are being answered", retry_after=1))
+            return
+        self._ongoing += 1
+        try:
+            await self._chat(scope, receive, send)
+        finally:
+            self._ongoing -= 1
+
+
+class GatewayReplica:
+    """The Serve side: finds the pool and the router, and gives Serve the ASGI application."""
+
+    def __init__(self, config: FuguConfig, router: Any | None) -> None:
+        self._config = config
+        names = [spec.name for spec in config.active]
+        self._pool = WorkerPool.connect(config)
+        self._decider: Decider = (
+            OrderDecider(names) if router is None else RouterClient(router, names, config.router.timeout)
+        )
+
+    def __serve_build_asgi_app__(self) -> Gateway:
+        workers = [self._pool.workers[spec.name] for spec in self._config.active]
+        readiness = Readiness({"workers": self._workers, "router": self._router})
+        return Gateway(self._config, workers, self._decider, readiness)
+
+    async def _workers(self) -> str | None:
+        waiting = [status.name for status in await self._pool.status() if not status.ready]
+        return f"loading: {', '.join(waiting)}" if waiting else None
+
+    async def _router(self) -> str | None:
+        failure = await self._decider.status()
+        return None if failure is None else f"failed: {failure.message}"
+
+
+def _rest(config: FuguConfig, readiness: Readiness) -> FastAPI:
+    """Everything but the hot path."""
+    app = FastAPI(title="fugu", version="1", redirect_slashes=False)
+    keys = Keys(config.serve)
+    created = int(time.time())
+
+    def answer(body: Any, status: int = 200) -> Response:
+        return Response(dumps(body), status, media_type="application/json")
+
+    @app.get("/v1/models", summary="The model that is served and its workers")
+    async def models(request: Request) -> Response:
+        keys.check(headers_of(request.scope).get(b"authorization"))
+        return answer(models_body(config, created))
+
+    @app.get("/v1/models/{name}", summary="One model")
+    async def model(name: str, request: Request) -> Response:
+        keys.check(headers_of(request.scope).get(b"authorization"))
+        return answer(one_model_body(config, created, name))
+
+    @app.get("/healthz", summary="Whether this process answers")
+    async def healthz() -> Response:
+        return answer({"status": "ok"})
+
+    @app.get("/readyz", summary="Whether every model is loaded")
+    async def readyz() -> Response:
+        status, body = await readiness.body()
+        return answer(body, status)
+
+    # For /docs only: `Gateway` takes these requests before FastAPI sees them.
+    @app.post(CHAT_PATH, summary="Answer a conversation", response_class=Response)
+    async def chat_completions(body: ChatBody) -> None:
+        raise NotImplementedError
+
+    app.add_exception_handler(FuguError, _on_error)
+    app.add_exception_handler(HTTPException, _on_error)
+    app.add_exception_handler(Exception, _on_error)
+    return app
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    return _ErrorResponse(_as_fugu_error(request, error))
+
+
+class _ErrorResponse(Response):
+    def __init__(self, error: FuguError) -> None:
+        super().__init__()
+        self._error = error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send_error(send, self._error)
+
+
+def _as_fugu_error(request: Request, error: Exception) -> FuguError:
+    if isinstance(error, FuguError):
+        return error
+    if not isinstance(error, HTTPException):
+        log.error("%s %s failed: %s", request.method, request.url.path[:64], type(error).__name__)
+        return FuguError("internal error; the server's log has more")
+    what = f"{request.method} {request.url.path[:128]}"
+    if error.status_code == 405:
+        return MethodNotAllowedError(f"{what}: this path does not take {request.method}")
+    if error.status_code == 404:
+        return NotFoundError(f"{what}: there is no such path; see /docs")
+    return RequestError(f"{what}: {error.detail}")
+
+
+async def _never(request: Request) -> Response:
+    raise NotImplementedError

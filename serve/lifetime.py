@@ -1,0 +1,230 @@
+"""A server's life as a command: progress while it starts, signals, and an end that leaves no process behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import psutil
+from rich.console import Console
+from rich.markup import escape
+
+from actors.config import FuguConfig
+from actors.errors import FuguError
+from serve import environment
+
+if TYPE_CHECKING:
+    from actors.pool import WorkerPool
+    from serve.app import Server
+
+READY_SECONDS = 600.0
+STOP_SECONDS = 20.0
+
+
+def run(
+    config: FuguConfig,
+    *,
+    address: str | None,
+    dashboard: bool,
+    timeout: float,
+    console: Console,
+    errors: Console,
+) -> int:
+    """Serve until SIGINT or SIGTERM; returns the exit code. A second signal kills at once what was started."""
+    with _Signals() as signals:
+        try:
+            with running(config, console=errors, address=address, dashboard=dashboard, timeout=timeout) as server:
+                console.print(f"\n[bold green]fugu is ready[/] at [bold]{server.url}/v1[/]", soft_wrap=True)
+                console.print(_curl(server.url, bool(config.serve.api_keys)), markup=False, soft_wrap=True)
+                console.print("[dim]Ctrl-C stops it.[/]")
+                signals.wait()
+                errors.print("[dim]stopping: running requests may finish (Ctrl-C again to force)[/]")
+        except FuguError as error:
+            errors.print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True)
+            return 1
+        except KeyboardInterrupt:
+            return 130
+    return 0
+
+
+@contextmanager
+def running(
+    config: FuguConfig,
+    *,
+    console: Console,
+    address: str | None = None,
+    dashboard: bool = False,
+    timeout: float = READY_SECONDS,
+) -> Iterator[Server]:
+    """A server that is ready, stopped at the end whatever happens.
+
+    Raises:
+        FuguError: it cannot start; says which part and why.
+        KeyboardInterrupt: a signal came while it started.
+    """
+    folder = environment.prepare(config.serve)
+    from serve.app import Server
+
+    if config.serve.ha_proxy and folder is None:
+        console.print("[yellow]HAProxy is not installed here; Ray Serve's own proxy is used (slower).[/]")
+    started = time.monotonic()
+    server: Server | None = None
+    with _ending_processes():
+        try:
+            with _progress(console) as tell:
+                server = Server.start(config, address=address, dashboard=dashboard, folder=folder, progress=tell)
+                server.wait_ready(timeout, tell)
+            console.print(f"[dim]ready after {time.monotonic() - started:.0f} s[/]")
+            yield server
+        finally:
+            if server is not None:
+                _bounded(server.stop, config.serve.drain + STOP_SECONDS)
+
+
+@contextmanager
+def pool_of(config: FuguConfig, *, console: Console) -> Iterator[WorkerPool]:
+    """The provider actors of a configuration in a Ray of their own, without a gateway."""
+    environment.prepare(config.serve.model_copy(update={"ha_proxy": False}))
+    import ray
+
+    from actors.pool import WorkerPool
+    from serve.app import NAMESPACE, init_ray
+
+    with _ending_processes():
+        try:
+            with _progress(console) as tell:
+                tell("starting Ray")
+                init_ray(dashboard=False)
+                tell("starting the workers")
+                pool = WorkerPool.connect(config, namespace=NAMESPACE)
+            yield pool
+        finally:
+            if ray.is_initialized():
+                ray.shutdown()
+
+
+def on_a_free_port(config: FuguConfig) -> FuguConfig:
+    changes = {"host": "127.0.0.1", "port": environment.free_ports(1)[0]}
+    return config.model_copy(update={"serve": config.serve.model_copy(update=changes)})
+
+
+def first_key(config: FuguConfig) -> str | None:
+    return config.serve.api_keys[0].get_secret_value() if config.serve.api_keys else None
+
+
+class _Signals:
+    """SIGINT and SIGTERM: the first asks for an orderly end, a later one kills every process started from here."""
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self._waiting = False
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> _Signals:
+        self.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def install(self) -> None:
+        """Again after ray.init, which puts a handler of its own in place."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before = signal.signal(number, self._handle)
+            self._before.setdefault(number, before)
+
+    def wait(self) -> None:
+        """Until a signal asks for the end."""
+        self.install()
+        self._waiting = True
+        while not self._asked.wait(0.5):
+            pass
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self._asked.is_set():
+            _kill(psutil.Process().children(recursive=True))
+            os._exit(128 + number)
+        self._asked.set()
+        if not self._waiting:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def _ending_processes() -> Iterator[None]:
+    """Whatever was started inside and is still there at the end is killed: Ray's processes and HAProxy."""
+    before = set(psutil.Process().children(recursive=True))
+    seen: set[psutil.Process] = set()
+
+    def look() -> None:
+        seen.update(set(psutil.Process().children(recursive=True)) - before)
+
+    # Processes of Ray may lose their parent before they end; then they are found only if they were seen earlier.
+    stopped = threading.Event()
+
+    def watch() -> None:
+        while not stopped.wait(1.0):
+            look()
+
+    watcher = threading.Thread(target=watch, name="process-watcher", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        look()
+        stopped.set()
+        _, alive = psutil.wait_procs(seen, timeout=3.0)
+        _kill(alive)
+        psutil.wait_procs(alive, timeout=3.0)
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _bounded(action: Callable[[], None], seconds: float) -> None:
+    """Run it in a thread, so that a step that hangs cannot hang the end, and signals are still heard."""
+    thread = threading.Thread(target=action, name="stop", daemon=True)
+    thread.start()
+    deadline = time.monotonic() + seconds
+    while thread.is_alive() and time.monotonic() < deadline:
+        thread.join(0.2)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str], None]]:
+    """Tells the current step: a spinner on a terminal, a line per step elsewhere."""
+    last = ""
+    if console.is_terminal:
+        with console.status("starting") as status:
+            yield lambda text: status.update(escape(text))
+        return
+
+    def tell(text: str) -> None:
+        nonlocal last
+        if text != last:
+            last = text
+            console.print(escape(text), soft_wrap=True)
+
+    yield tell
+
+
+def _curl(url: str, key: bool) -> str:
+    body = {"model": "fugu", "messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    lines = [f"curl {url}/v1/chat/completions", "  -H 'Content-Type: application/json'"]
+    if key:
+        lines.append('  -H "Authorization: Bearer $FUGU_API_KEY"')
+    lines.append(f"  -d {shlex.quote(json.dumps(body))}")
+    return " \\\n".join(lines)

@@ -1,0 +1,90 @@
+"""The `fugu` object of a reply: who answered, how that was decided, what it took. Never a prompt, never a key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from actors.errors import FuguError
+from actors.messages import ChatReply
+from orchestrator.dispatch import Attempt, Record
+from serve.translate import usage_body
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the decision came to. `source` is head (the trained router), order (that of the file) or single (one
+    worker was allowed); `worker` is None where the order of the file decides; `seconds` as the gateway saw it."""
+
+    worker: str | None
+    probabilities: Mapping[str, float]
+    source: str
+    role: str | None = None
+    seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class Trace:
+    """Gathered while a request runs. All times in seconds."""
+
+    request_id: str
+    started: float
+    choice: Choice | None = None
+    record: Record = field(default_factory=Record)
+    dropped: tuple[str, ...] = ()
+
+    def body(self, reply: ChatReply | None, now: float, error: FuguError | None = None) -> dict[str, Any]:
+        """The trace as JSON values; `reply` is None where no answer was completed."""
+        choice = self.choice
+        dropped = (*self.dropped, *(reply.dropped if reply else ()))
+        body: dict[str, Any] = {
+            "request_id": self.request_id,
+            "worker": self.record.worker,
+            "source": choice.source if choice else None,
+            "role": choice.role if choice else None,
+            "probabilities": dict(choice.probabilities) if choice else {},
+            "attempts": [_attempt(attempt) for attempt in self.record.attempts],
+            "timings": {
+                "decision_s": round(choice.seconds, 6) if choice else None,
+                "queued_s": round(reply.timing.queued_s, 6) if reply else None,
+                "first_byte_s": self._first_byte(choice),
+                "total_s": round(now - self.started, 6),
+            },
+            "dropped": list(dropped),
+            "warnings": [*(choice.warnings if choice else ()), *_warn(dropped, self.record.worker)],
+        }
+        if reply is not None:
+            body |= {
+                "usage": usage_body(reply.usage),
+                "cost_usd": reply.cost_usd,
+                "upstream_calls": reply.attempts,
+                "cached": reply.cached,
+            }
+        if error is not None:
+            body["error"] = error.envelope()["error"]
+        return body
+
+    def _first_byte(self, choice: Choice | None) -> float | None:
+        """Since the request began: decision, failed attempts, and the answering worker's own first byte."""
+        last = self.record.attempts[-1] if self.record.attempts else None
+        if last is None or last.first_byte_s is None:
+            return None
+        return round((choice.seconds if choice else 0.0) + last.started_s + last.first_byte_s, 6)
+
+
+def _attempt(attempt: Attempt) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "worker": attempt.worker,
+        "ok": attempt.error is None,
+        "started_s": round(attempt.started_s, 6),
+        "seconds": round(attempt.seconds, 6),
+    }
+    if attempt.error is not None:
+        body |= {"code": attempt.error.code, "reason": attempt.error.message}
+    return body
+
+
+def _warn(dropped: Iterable[str], worker: str | None) -> list[str]:
+    return [f"{name}: not accepted by {worker or 'this server'}, left out" for name in dropped]

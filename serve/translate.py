@@ -1,0 +1,213 @@
+"""OpenAI chat bodies ↔ our messages. Replies are built as plain dicts and bytes; nothing is validated twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from actors.errors import FuguError, RequestError
+from actors.messages import (
+    ChatReply,
+    ChatRequest,
+    Chunk,
+    ImagePart,
+    Message,
+    Part,
+    ResponseFormat,
+    TextPart,
+    ToolCall,
+    ToolCallDelta,
+    ToolChoice,
+    ToolSpec,
+    Usage,
+)
+from serve.schema import ChatBody, MessageBody, NamedToolBody, PartBody, ResponseFormatBody, TextPartBody
+
+# Fields whose effect a single uniform reply cannot carry: they are dropped here, with a warning in the trace.
+UNSUPPORTED = ("logprobs", "top_logprobs", "audio", "modalities", "prediction", "web_search_options")
+
+
+def to_request(body: ChatBody) -> tuple[ChatRequest, tuple[str, ...]]:
+    """The request for a worker, and the fields that were dropped because no reply of ours can carry their effect.
+
+    Raises:
+        RequestError: a message lacks what its role needs.
+    """
+    extra = dict(body.model_extra or {})
+    dropped = tuple(name for name in UNSUPPORTED if extra.pop(name, None) not in (None, False))
+    request = ChatRequest(
+        messages=tuple(_message(message, index) for index, message in enumerate(body.messages)),
+        tools=tuple(
+            ToolSpec(
+                name=tool.function.name,
+                description=tool.function.description or "",
+                parameters=tool.function.parameters or {},
+                strict=tool.function.strict,
+            )
+            for tool in body.tools or ()
+        ),
+        tool_choice=_tool_choice(body),
+        parallel_tool_calls=body.parallel_tool_calls,
+        max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+        seed=body.seed,
+        response_format=_response_format(body.response_format),
+        reasoning_effort=body.reasoning_effort,
+        extra=extra,
+    )
+    return request, dropped
+
+
+def _message(message: MessageBody, index: int) -> Message:
+    where = f"messages[{index}]"
+    calls = tuple(ToolCall(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ())
+    if calls and message.role != "assistant":
+        raise RequestError(f"{where}.tool_calls: only an assistant message has them", param=f"{where}.tool_calls")
+    if message.role == "tool" and not message.tool_call_id:
+        raise RequestError(f"{where}.tool_call_id: is required", param=f"{where}.tool_call_id")
+    if message.content is None and not calls:
+        raise RequestError(f"{where}.content: is required", param=f"{where}.content")
+    if message.content is None or isinstance(message.content, str):
+        content: str | tuple[Part, ...] = message.content or ""
+    else:
+        content = tuple(_part(part) for part in message.content)
+    return Message(message.role, content, message.name, calls, message.tool_call_id)
+
+
+def _part(part: PartBody) -> Part:
+    if isinstance(part, TextPartBody):
+        return TextPart(part.text)
+    return ImagePart(part.image_url.url, part.image_url.detail)
+
+
+def _tool_choice(body: ChatBody) -> ToolChoice | None:
+    choice = body.tool_choice
+    if choice is None:
+        return None
+    if choice != "none" and not body.tools:
+        raise RequestError("tool_choice: there are no tools to choose from", param="tool_choice")
+    if not isinstance(choice, NamedToolBody):
+        return ToolChoice(choice)
+    if all(tool.function.name != choice.function.name for tool in body.tools or ()):
+        raise RequestError(
+            f"tool_choice.function.name: no tool is called {choice.function.name}",
+            param="tool_choice.function.name",
+        )
+    return ToolChoice("named", choice.function.name)
+
+
+def _response_format(body: ResponseFormatBody | None) -> ResponseFormat | None:
+    if body is None:
+        return None
+    if body.type != "json_schema":
+        return ResponseFormat(body.type)
+    if body.json_schema is None:
+        raise RequestError("response_format.json_schema: is required", param="response_format.json_schema")
+    schema = body.json_schema
+    return ResponseFormat("json_schema", schema.name, schema.schema_, schema.strict)
+
+
+def usage_body(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.input_tokens,
+        "completion_tokens": usage.output_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_input_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }
+
+
+def reply_body(reply: ChatReply, *, id: str, created: int, model: str, trace: Mapping[str, Any] | None) -> bytes:
+    """The JSON of a whole answer. `model` is what was asked for; only the trace names the worker."""
+    message: dict[str, Any] = {"role": "assistant", "content": reply.text or None, "refusal": None}
+    if not reply.tool_calls:
+        message["content"] = reply.text
+    if reply.reasoning:
+        message["reasoning_content"] = reply.reasoning
+    if reply.tool_calls:
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in reply.tool_calls
+        ]
+    body: dict[str, Any] = {
+        "id": id,
+        "object": "chat.completion",
+        "created": created,
+        "model": model,
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": reply.finish_reason}],
+        "usage": usage_body(reply.usage),
+    }
+    if trace is not None:
+        body["fugu"] = trace
+    return dumps(body)
+
+
+class ChunkWriter:
+    """The `data:` events of one streamed answer, in OpenAI's shape."""
+
+    def __init__(self, *, id: str, created: int, model: str, include_usage: bool) -> None:
+        self._head = {"id": id, "object": "chat.completion.chunk", "created": created, "model": model}
+        self._include_usage = include_usage
+        self._begun = False
+
+    def chunk(self, chunk: Chunk) -> bytes:
+        """The event for a chunk; empty if it has nothing to say. The final chunk becomes the finish reason."""
+        delta: dict[str, Any] = {}
+        if not self._begun:
+            self._begun = True
+            delta = {"role": "assistant", "content": ""}
+        if chunk.text:
+            delta["content"] = chunk.text
+        if chunk.reasoning:
+            delta["reasoning_content"] = chunk.reasoning
+        if chunk.tool_calls:
+            delta["tool_calls"] = [_call_delta(call) for call in chunk.tool_calls]
+        if chunk.final is None:
+            return self._event([_choice(delta, None)]) if delta else b""
+        said = self._event([_choice(delta, None)]) if delta else b""
+        return said + self._event([_choice({}, chunk.final.finish_reason)])
+
+    def usage(self, usage: Usage) -> bytes:
+        """The event with the token counts, where the caller asked for it."""
+        return self._event([], usage=usage_body(usage)) if self._include_usage else b""
+
+    def trace(self, trace: Mapping[str, Any]) -> bytes:
+        """An event without choices that carries the trace; OpenAI's clients hand it through."""
+        return self._event([], fugu=trace)
+
+    def _event(self, choices: list[dict[str, Any]], **fields: Any) -> bytes:
+        body: dict[str, Any] = {**self._head, "choices": choices, **fields}
+        if self._include_usage and "usage" not in fields:
+            body["usage"] = None
+        return b"data: " + dumps(body) + b"\n\n"
+
+
+def error_event(error: FuguError, trace: Mapping[str, Any] | None = None) -> bytes:
+    """The event that tells of a failure after the stream began; `[DONE]` follows it."""
+    body = error.envelope()
+    if trace is not None:
+        body["fugu"] = trace
+    return b"data: " + dumps(body) + b"\n\n"
+
+
+def dumps(value: Any) -> bytes:
+    return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS)
+
+
+def _choice(delta: Mapping[str, Any], finish_reason: str | None) -> dict[str, Any]:
+    return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+
+
+def _call_delta(call: ToolCallDelta) -> dict[str, Any]:
+    function: dict[str, Any] = {"arguments": call.arguments}
+    body: dict[str, Any] = {"index": call.index, "function": function}
+    if call.name is not None:
+        function["name"] = call.name
+    if call.id is not None:
+        body["id"] = call.id
+        body["type"] = "function"
+    return body
