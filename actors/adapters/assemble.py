@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,7 +35,7 @@ class Assembler:
     text: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
     tools: list[_Tool] = field(default_factory=list)
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     finish: FinishReason | None = None
     _new_text: list[str] = field(default_factory=list)
     _new_reasoning: list[str] = field(default_factory=list)
@@ -132,10 +131,11 @@ async def stream_answer(
                 events = await response.events()
                 if events is None:
                     break
-                for event in events:
-                    reader.read(event.data)
-                    if reader.done:
-                        break
+                with upstream.parsing():
+                    for event in events:
+                        reader.read(event.data)
+                        if reader.done:
+                            break
                 chunk = reader.answer.take()
                 if chunk is not None:
                     started = True
@@ -149,15 +149,6 @@ async def stream_answer(
             raise
         raise StreamBrokenError(f"the answer broke off: {error.message}", worker=error.worker) from error
     yield Chunk(final=reader.answer.reply(upstream.spec.name, dropped))
-
-
-async def collect(chunks: AsyncIterator[Chunk]) -> ChatReply:
-    """The reply at the end of a stream."""
-    async with aclosing(chunks) as stream:  # type: ignore[type-var]
-        async for chunk in stream:
-            if chunk.final is not None:
-                return chunk.final
-    raise AssertionError("a stream ends with its reply or an error")
 
 
 def parts_of(message: Message) -> tuple[Part, ...]:

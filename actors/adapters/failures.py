@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import email.utils
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import httpx
 
+from actors import ratelimit_headers
 from actors.errors import (
     ProtocolError,
     RateLimitedError,
@@ -78,9 +76,15 @@ def read_error(body: Any) -> Blame | None:
         message=message if isinstance(message, str) else "",
         code=next((word for word in words if word in _ACCOUNT_CODES), words[0] if words else ""),
         param=param if isinstance(param, str) else None,
-        retry_after=next((s for item in details if (s := duration(item.get("retryDelay"))) is not None), None),
+        retry_after=_retry_delay(details),
         status=status if status is not None and 400 <= status < 600 else None,
     )
+
+
+def _retry_delay(details: list[dict[str, Any]]) -> float | None:
+    """Gemini's RetryInfo: `"retryDelay": "7.5s"`."""
+    given = next((item["retryDelay"] for item in details if isinstance(item.get("retryDelay"), str)), None)
+    return ratelimit_headers.seconds_until(given, 0.0)
 
 
 def from_status(
@@ -122,66 +126,17 @@ def from_exception(error: Exception, *, worker: str, where: str, secrets: tuple[
     return WorkerUnavailableError(f"the connection to {where} broke: {said}", worker=worker)
 
 
-def retry_after(headers: Mapping[str, str], blame: Blame | None = None, now: float | None = None) -> float | None:
+def retry_after(headers: Mapping[str, str], blame: Blame | None = None, wall: float | None = None) -> float | None:
     """Seconds to wait before the next try, or None where the provider does not say.
 
     In order: `retry-after-ms`, `retry-after` (seconds or an HTTP date), Gemini's RetryInfo in the body, then the
-    reset times of those limits that have nothing remaining: `anthropic-ratelimit-*-reset` (RFC 3339) and
-    `x-ratelimit-reset-*` (durations such as "1m2.5s"). `now` is seconds since the epoch, for dates.
+    reset times of those limits that have nothing left. `wall` is the time now in Unix seconds.
     """
-    now = time.time() if now is None else now
-    wait = _number(headers.get("retry-after-ms"), 0.001)
-    if wait is None:
-        given = headers.get("retry-after")
-        wait = _number(given)
-        if wait is None:
-            wait = _until(given, now, email.utils.parsedate_to_datetime)
+    wall = time.time() if wall is None else wall
+    wait = ratelimit_headers.retry_after(headers, wall)
     if wait is None and blame is not None:
         wait = blame.retry_after
-    if wait is None:
-        wait = max(_exhausted(headers, now), default=None)
-    return None if wait is None else min(max(wait, 0.0), MAX_RETRY_AFTER_S)
-
-
-def _exhausted(headers: Mapping[str, str], now: float) -> list[float]:
-    """Seconds until each limit that is used up is reset."""
-    waits = []
-    for name, value in headers.items():
-        wait = None
-        if name.startswith("anthropic-ratelimit-") and name.endswith("-reset"):
-            if headers.get(f"{name[:-5]}remaining") == "0":
-                wait = _until(value, now, datetime.fromisoformat)
-        elif name.startswith("x-ratelimit-reset-"):
-            kind = name.removeprefix("x-ratelimit-reset-")
-            if headers.get(f"x-ratelimit-remaining-{kind}") == "0":
-                wait = duration(value)
-        if wait is not None:
-            waits.append(wait)
-    return waits
-
-
-_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?")
-
-
-def duration(text: Any) -> float | None:
-    """Seconds in "1m2.5s", "20ms", "6h", "7.5s" or a bare number of seconds; None where it is none of these."""
-    if not isinstance(text, str) or not text:
-        return None
-    found = _DURATION.fullmatch(text)
-    if found is None or not any(found.groups()):
-        return _number(text)
-    hours, minutes, seconds, milliseconds = (float(part or 0) for part in found.groups())
-    return hours * 3600 + minutes * 60 + seconds + milliseconds / 1000
-
-
-def _number(text: str | None, unit: float = 1.0) -> float | None:
-    return float(text) * unit if text is not None and re.fullmatch(r"\d+(\.\d+)?", text.strip()) else None
-
-
-def _until(text: str | None, now: float, parse: Any) -> float | None:
-    if not text:
-        return None
-    try:
-        return float(parse(text).timestamp() - now)
-    except (ValueError, TypeError, OverflowError):
-        return None
+    if wait is None and (reported := ratelimit_headers.read_rate_limits(headers, wall)) is not None:
+        resets = ((reported.requests_left, reported.requests_reset), (reported.tokens_left, reported.tokens_reset))
+        wait = max((reset for left, reset in resets if left == 0 and reset is not None), default=None)
+    return None if wait is None else min(wait, MAX_RETRY_AFTER_S)

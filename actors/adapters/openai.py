@@ -66,7 +66,8 @@ class OpenAIAdapter:
         body, dropped = request_body(self._upstream.spec, request)
         reply = await self._upstream.post(PATH, body, context)
         reader = _Reader(self._upstream, request)
-        reader.take_whole(reply)
+        with self._upstream.parsing():
+            reader.take_whole(reply)
         return reader.answer.reply(self._upstream.spec.name, dropped)
 
     def stream(self, request: ChatRequest, context: CallContext) -> AsyncIterator[Chunk]:
@@ -166,34 +167,26 @@ class _Reader:
         self._upstream = upstream
         self._request = request
         self._places: dict[int, int] = {}
+        self._refused = False
 
     @property
     def complete(self) -> bool:
-        return self.done and self.answer.finish is not None
+        return self.done
 
     def read(self, data: str) -> None:
         if data.strip() == "[DONE]":
             self.done = True
             return
-        try:
-            chunk = orjson.loads(data)
-        except orjson.JSONDecodeError:
-            raise self._upstream.malformed("an event is no JSON") from None
-        if not isinstance(chunk, dict):
-            raise self._upstream.malformed("an event is no object")
-        self._upstream.raise_error_in(chunk)
+        chunk = self._upstream.event_object(data)
         for choice in chunk.get("choices") or ():
             self._choice(choice, choice.get("delta") or {})
         self._usage(chunk.get("usage"))
 
     def take_whole(self, reply: dict[str, Any]) -> None:
-        choices = reply.get("choices")
-        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        if not reply.get("choices"):
             raise self._upstream.malformed("it has no choices")
-        message = choices[0].get("message")
-        if not isinstance(message, dict):
-            raise self._upstream.malformed("the choice has no message")
-        self._choice(choices[0], message)
+        choice = reply["choices"][0]
+        self._choice(choice, choice["message"])
         self._usage(reply.get("usage"))
 
     def _choice(self, choice: dict[str, Any], said: dict[str, Any]) -> None:
@@ -209,13 +202,12 @@ class _Reader:
             answer.add_reasoning(reasoning)
         for place, call in enumerate(said.get("tool_calls") or ()):
             self._tool_call(place, call)
-        finish = choice.get("finish_reason")
-        if finish:
-            answer.finish = _FINISH.get(finish, "stop")
         if refusal := said.get("refusal"):
             answer.add_text(refusal)
-            answer.finish = "content_filter"
             self._refused = True
+        finish = choice.get("finish_reason")
+        if finish:
+            answer.finish = "content_filter" if self._refused else _FINISH.get(finish, "stop")
 
     def _parts(self, content: list[Any]) -> None:
         """Mistral's reasoning models answer in parts."""

@@ -97,8 +97,23 @@ class Upstream:
 
     def raise_error_in(self, body: Mapping[str, Any]) -> None:
         """Raise the error that a body reports although its status was 200, as the errors inside streams do."""
-        if body.get("error") and (blame := read_error(body)) is not None:
+        if "error" in body and body["error"] and (blame := read_error(body)) is not None:
             raise from_status(blame.status or 500, blame, {}, worker=self.spec.name, secrets=self.secrets)
+
+    def event_object(self, data: str) -> dict[str, Any]:
+        """An event's data as a JSON object, its error raised if it reports one."""
+        event = orjson.loads(data)
+        self.raise_error_in(event)
+        return event
+
+    @contextlib.contextmanager
+    def parsing(self) -> Iterator[None]:
+        """Around code that reads a provider's JSON as its documentation says it is: whatever in it is of another
+        type or missing becomes a `ProtocolError`."""
+        try:
+            yield
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise self.malformed(f"{type(error).__name__} while reading it") from error
 
     def malformed(self, what: str) -> ProtocolError:
         return ProtocolError(f"{self.where} sent a reply that is not in its wire format: {what}", worker=self.spec.name)

@@ -1,0 +1,339 @@
+"""Anthropic Messages (`anthropic-version: 2023-06-01`), and servers that are compatible with it.
+
+Source: Anthropic's API reference: "Messages", "Streaming", "Errors", "Structured outputs", "Effort", "Thinking".
+What a model takes depends on its generation, read from its name (`claude-opus-4-7`, `claude-3-5-sonnet-…`):
+sampling values ended with 4.7; effort and adaptive thinking began with 4.6; budgets of thinking tokens go from 3.7
+to 4.5; JSON schemas began with 4.1. `accepts: [temperature, top_p]` sends sampling values in any case.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import httpx
+import orjson
+
+from actors.adapters.assemble import (
+    Assembler,
+    arguments_object,
+    count,
+    data_url,
+    given,
+    parts_of,
+    split_system,
+    stream_answer,
+)
+from actors.adapters.base import CallContext
+from actors.adapters.upstream import Upstream
+from actors.config import WorkerSpec
+from actors.messages import ChatReply, ChatRequest, Chunk, FinishReason, ImagePart, Message, Usage
+
+PATH = "/v1/messages"
+VERSION = "2023-06-01"
+
+# The reference's optional fields that callers may give as they are; `user` becomes `metadata.user_id`.
+ACCEPTED = frozenset({"top_k", "thinking", "cache_control", "container", "inference_geo", "speed"})
+
+_FINISH: Mapping[str, FinishReason] = {
+    "end_turn": "stop",
+    "stop_sequence": "stop",
+    "pause_turn": "stop",
+    "max_tokens": "length",
+    "model_context_window_exceeded": "length",
+    "tool_use": "tool_calls",
+    "refusal": "content_filter",
+}
+_EFFORT = {"minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "xhigh", "max": "max"}
+_BUDGET = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 32768, "max": 32768}
+_MIN_BUDGET = 1024
+
+
+class AnthropicAdapter:
+    """See `actors.adapters.base.Adapter`."""
+
+    def __init__(self, spec: WorkerSpec, transport: httpx.AsyncBaseTransport) -> None:
+        auth = {"anthropic-version": VERSION}
+        if spec.api_key:
+            auth["x-api-key"] = spec.api_key.get_secret_value()
+        self._upstream = Upstream(spec, transport, auth)
+
+    async def complete(self, request: ChatRequest, context: CallContext) -> ChatReply:
+        body, dropped = request_body(self._upstream.spec, request)
+        reply = await self._upstream.post(PATH, body, context)
+        reader = _Reader(self._upstream)
+        with self._upstream.parsing():
+            reader.take_whole(reply)
+        return reader.answer.reply(self._upstream.spec.name, dropped)
+
+    def stream(self, request: ChatRequest, context: CallContext) -> AsyncIterator[Chunk]:
+        body, dropped = request_body(self._upstream.spec, request)
+        body["stream"] = True
+        return stream_answer(self._upstream, PATH, body, context, _Reader(self._upstream), dropped)
+
+    async def close(self) -> None:
+        await self._upstream.transport.aclose()
+
+
+def generation(model: str) -> tuple[int, int] | None:
+    """(4, 7) for `claude-opus-4-7`, (3, 5) for `claude-3-5-sonnet-20241022`; None for names of other forms."""
+    found = re.search(r"claude-(?:[a-z]+-)?(\d{1,2})(?:[-.](\d{1,2}))?(?!\d)", model)
+    return (int(found[1]), int(found[2] or 0)) if found else None
+
+
+def request_body(spec: WorkerSpec, request: ChatRequest) -> tuple[dict[str, Any], list[str]]:
+    """The body of a plain call, and the names of fields that were dropped."""
+    known = generation(spec.model)
+    system, messages = split_system(request.messages)
+    dropped: list[str] = []
+    max_tokens = request.max_tokens or _default_max_tokens(known)
+    body: dict[str, Any] = {"model": spec.model, "max_tokens": max_tokens, "messages": _messages(messages)}
+    if system:
+        body["system"] = system
+    _tools(body, request, messages, dropped)
+    _thinking(body, request, known, dropped)
+    _sampling(body, request, known, spec.accepts, dropped)
+    if stops := [stop for stop in request.stop if stop.strip()]:
+        body["stop_sequences"] = stops
+    if len(stops) < len(request.stop):
+        dropped.append("stop")
+    if request.seed is not None:
+        dropped.append("seed")
+    wanted = request.response_format
+    if wanted is not None and wanted.kind != "text":
+        if wanted.kind == "json_schema" and wanted.schema is not None and (known is None or known >= (4, 1)):
+            body.setdefault("output_config", {})["format"] = {"type": "json_schema", "schema": wanted.schema}
+        else:
+            dropped.append("response_format")
+    for name, value in request.extra.items():
+        native = name in ACCEPTED or (name == "service_tier" and value in ("auto", "standard_only"))
+        if name == "user" and isinstance(value, str):
+            body["metadata"] = {"user_id": value}
+        elif native or (name in spec.accepts and name not in body):
+            body[name] = value
+        else:
+            dropped.append(name)
+    return body, dropped
+
+
+def _default_max_tokens(known: tuple[int, int] | None) -> int:
+    """The API wants a bound. Where the caller gives none: what every model of the generation can do."""
+    if known is None or (3, 5) <= known < (4, 0):
+        return 8192
+    return 16384 if known >= (4, 0) else 4096
+
+
+def _sampling(
+    body: dict[str, Any],
+    request: ChatRequest,
+    known: tuple[int, int] | None,
+    accepts: tuple[str, ...],
+    dropped: list[str],
+) -> None:
+    # With thinking on, the API takes no other temperature than its own.
+    thinks = body.get("thinking", {}).get("type") in ("enabled", "adaptive")
+    fits = not thinks and (known is None or known < (4, 7))
+    for name, value in (("temperature", request.temperature), ("top_p", request.top_p)):
+        if value is None:
+            continue
+        # From 4.1 on a request may give one of the two, not both.
+        second = name == "top_p" and "temperature" in body and known is not None and known >= (4, 1)
+        if name in accepts or (fits and not second):
+            # The scale ends at 1 here, at 2 in the OpenAI API.
+            body[name] = min(value, 1.0)
+        else:
+            dropped.append(name)
+
+
+def _thinking(body: dict[str, Any], request: ChatRequest, known: tuple[int, int] | None, dropped: list[str]) -> None:
+    effort = request.reasoning_effort
+    if effort is None or (effort == "none" and known is not None and known < (3, 7)):
+        return
+    if effort == "none":
+        body["thinking"] = {"type": "disabled"}
+    elif effort not in _EFFORT or (known is not None and known < (3, 7)):
+        dropped.append("reasoning_effort")
+    elif known is not None and known >= (4, 6):
+        level = _EFFORT[effort]
+        # From 4.7 on there is `xhigh`, and thoughts are left out of the answer unless asked for.
+        newer = known >= (4, 7)
+        body["thinking"] = {"type": "adaptive"} | ({"display": "summarized"} if newer else {})
+        body["output_config"] = {"effort": "high" if level == "xhigh" and not newer else level}
+    else:
+        _budget(body, request, _BUDGET[effort], dropped)
+
+
+def _budget(body: dict[str, Any], request: ChatRequest, budget: int, dropped: list[str]) -> None:
+    """Thinking tokens count toward `max_tokens`. A caller's bound is kept and shared; ours is widened. Not possible
+    with a forced tool, nor inside a tool loop, whose earlier thoughts (signed blocks) we do not have."""
+    if request.max_tokens is None:
+        body["max_tokens"] = max(body["max_tokens"], budget + 8192)
+    budget = min(budget, body["max_tokens"] // 2)
+    forced = body.get("tool_choice", {}).get("type") in ("any", "tool")
+    in_loop = any(message.role == "tool" for message in request.messages[-1:])
+    if budget < _MIN_BUDGET or forced or in_loop:
+        dropped.append("reasoning_effort")
+    else:
+        body["thinking"] = {"type": "enabled", "budget_tokens": budget}
+
+
+def _tools(body: dict[str, Any], request: ChatRequest, messages: list[Message], dropped: list[str]) -> None:
+    tools = [
+        given(
+            name=tool.name,
+            description=tool.description or None,
+            input_schema={"type": "object", "properties": {}, **tool.parameters},
+            strict=tool.strict or None,
+        )
+        for tool in request.tools
+    ]
+    choice = request.tool_choice
+    if not tools:
+        # A conversation with tool calls in it must define tools, even where none may be called any more.
+        names = dict.fromkeys(call.name for message in messages for call in message.tool_calls)
+        if names:
+            schema = {"type": "object", "properties": {}}
+            body["tools"] = [{"name": name, "input_schema": schema} for name in names]
+            body["tool_choice"] = {"type": "none"}
+        if choice is not None and choice.mode != "none":
+            dropped.append("tool_choice")
+        return
+    body["tools"] = tools
+    one = {"disable_parallel_tool_use": True} if request.parallel_tool_calls is False else {}
+    if choice is not None and choice.mode == "none":
+        body["tool_choice"] = {"type": "none"}
+    elif choice is not None and choice.mode == "named":
+        body["tool_choice"] = {"type": "tool", "name": choice.name, **one}
+    elif choice is not None or one:
+        required = choice is not None and choice.mode == "required"
+        body["tool_choice"] = {"type": "any" if required else "auto", **one}
+
+
+def _messages(messages: list[Message]) -> list[dict[str, Any]]:
+    """Turns of `user` and `assistant`, merged where the same speaks twice; tool results are the user's."""
+    turns: list[dict[str, Any]] = []
+    for message in messages:
+        role = "assistant" if message.role == "assistant" else "user"
+        blocks = _blocks(message)
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] += blocks
+        elif blocks:
+            turns.append({"role": role, "content": blocks})
+    if turns and turns[-1]["role"] == "assistant":
+        # The API refuses a prefill that ends in whitespace.
+        last = turns[-1]["content"][-1]
+        if last["type"] == "text":
+            last["text"] = last["text"].rstrip() or "…"
+    return turns
+
+
+def _blocks(message: Message) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = []
+    for part in parts_of(message):
+        if isinstance(part, ImagePart):
+            content.append({"type": "image", "source": _source(part)})
+        else:
+            content.append({"type": "text", "text": part.text})
+    if message.role == "tool":
+        result = given(type="tool_result", tool_use_id=_id(message.tool_call_id or ""), content=content or None)
+        return [result]
+    for call in message.tool_calls:
+        use = {"type": "tool_use", "id": _id(call.id), "name": call.name, "input": arguments_object(call)}
+        content.append(use)
+    return content
+
+
+def _source(image: ImagePart) -> dict[str, str]:
+    inline = data_url(image.url)
+    if inline is None:
+        return {"type": "url", "url": image.url}
+    return {"type": "base64", "media_type": inline[0], "data": inline[1]}
+
+
+def _id(id: str) -> str:
+    """Ids that another worker made may hold characters that are refused here."""
+    return re.sub(r"[^a-zA-Z0-9_-]", "_", id)
+
+
+class _Reader:
+    """Reads replies and stream events."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self.answer = Assembler()
+        self.done = False
+        self._upstream = upstream
+        self._tools: dict[int, int] = {}
+        self._usage: dict[str, Any] = {}
+
+    @property
+    def complete(self) -> bool:
+        return self.done
+
+    def take_whole(self, reply: dict[str, Any]) -> None:
+        for index, block in enumerate(reply["content"]):
+            self._open(index, block)
+            self._close(index)
+        self._stop(reply["stop_reason"])
+        self._count(reply["usage"])
+
+    def read(self, data: str) -> None:
+        event = self._upstream.event_object(data)
+        kind = event["type"]
+        if kind == "content_block_delta":
+            self._delta(event["index"], event["delta"])
+        elif kind == "content_block_start":
+            self._open(event["index"], event["content_block"])
+        elif kind == "content_block_stop":
+            self._close(event["index"])
+        elif kind == "message_start":
+            self._count(event["message"].get("usage") or {})
+        elif kind == "message_delta":
+            self._stop(event["delta"].get("stop_reason"))
+            self._count(event.get("usage") or {})
+        elif kind == "message_stop":
+            self.done = True
+        # Others (`ping`, and types still to come) carry nothing for us: the reference says to ignore them.
+
+    def _open(self, index: int, block: dict[str, Any]) -> None:
+        kind = block["type"]
+        if kind == "text":
+            self.answer.add_text(block.get("text") or "")
+        elif kind == "thinking":
+            self.answer.add_reasoning(block.get("thinking") or "")
+        elif kind == "tool_use":
+            given_at_once = block.get("input")
+            arguments = orjson.dumps(given_at_once).decode() if given_at_once else ""
+            self._tools[index] = self.answer.open_tool(block["id"], block["name"], arguments)
+
+    def _delta(self, index: int, delta: dict[str, Any]) -> None:
+        kind = delta["type"]
+        if kind == "text_delta":
+            self.answer.add_text(delta["text"])
+        elif kind == "thinking_delta":
+            self.answer.add_reasoning(delta["thinking"])
+        elif kind == "input_json_delta" and index in self._tools:
+            self.answer.add_arguments(self._tools[index], delta["partial_json"])
+
+    def _close(self, index: int) -> None:
+        # A call without arguments streams no JSON at all.
+        if index in self._tools and not self.answer.tools[self._tools[index]].arguments:
+            self.answer.add_arguments(self._tools[index], "{}")
+
+    def _stop(self, reason: str | None) -> None:
+        if reason:
+            self.answer.finish = _FINISH.get(reason, "stop")
+
+    def _count(self, usage: dict[str, Any]) -> None:
+        """Counts are cumulative; the later event wins where it gives one. `input_tokens` leaves out what was read
+        from or written to the cache: the reference gives the sum of the three as the total."""
+        self._usage |= {name: value for name, value in usage.items() if value is not None}
+        cached = count(self._usage.get("cache_read_input_tokens"))
+        written = count(self._usage.get("cache_creation_input_tokens"))
+        details = self._usage.get("output_tokens_details") or {}
+        self.answer.usage = Usage(
+            input_tokens=count(self._usage.get("input_tokens")) + cached + written,
+            output_tokens=count(self._usage.get("output_tokens")),
+            cached_input_tokens=cached,
+            reasoning_tokens=count(details.get("thinking_tokens")),
+        )
