@@ -243,9 +243,9 @@ def _from_hub(name: str, revision: str | None) -> ModelFiles:
 
 
 def main(arguments: list[str]) -> int:
-    """Make the embedded model's folder and print where it is."""
+    """Make the embedded model's folder and print where it is; with `--quiet` say nothing if it is there already."""
     try:
-        files = ensure_embedded_model(progress="--quiet" not in arguments)
+        files = ensure_embedded_model()
     except ConfigError as error:
         print(error.message, file=sys.stderr)
         return 1

@@ -23,23 +23,15 @@ from transformers.cache_utils import DynamicCache
 
 from actors.adapters.decoding import Detokenizer, StopFilter, sample
 from actors.adapters.local_model import LoadedModel, load_model
-from actors.errors import ContextLengthError, FuguError, WorkerRejectedError, WorkerUnavailableError
-from actors.messages import ChatReply, ChatRequest, FinishReason, Message, Usage
+from actors.adapters.text_worker import Finished, render
+from actors.errors import ContextLengthError, FuguError, WorkerUnavailableError
+from actors.messages import ChatReply, ChatRequest, FinishReason, Usage
 
 PREFILL_TOKENS = 256
 """Prompt tokens read between two decoding steps: well under half a second on two cores."""
 CACHE_BYTES = 2 << 30
 """Key-value cache for all rows together; a row alone is always let in."""
 BATCH_TIMEOUT = 6 * 3600.0
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The end of a generation: why it ended and what it cost. `text` is all text that was emitted."""
-
-    text: str
-    reason: FinishReason
-    usage: Usage
 
 
 Event = str | Finished | FuguError
@@ -129,7 +121,7 @@ class LocalEngine:
             ContextLengthError: no room is left for an answer.
             WorkerRejectedError: the request needs what a text model cannot do, or its chat template refuses it.
         """
-        text = self._render(request)
+        text = render(self._tokenizer, request.messages)
         # Before the costly exact count: no text this long fits, even in the longest tokens.
         prompt = [] if len(text) > self.context * self._longest_token else self._encode(text)
         if not 0 < len(prompt) < self.context:
@@ -165,6 +157,12 @@ class LocalEngine:
             self._waiting.append(generation)
             self._changed.notify()
 
+    @property
+    def busy(self) -> int:
+        """How many generations wait or run."""
+        with self._changed:
+            return len(self._waiting) + len(self._rows) + (self._joining is not None)
+
     def generate_batch(self, requests: Sequence[ChatRequest], *, adapter: str | None = None) -> list[ChatReply]:
         """Answer many requests and wait for all: `replies[i]` answers `requests[i]`. For labelling.
 
@@ -196,15 +194,6 @@ class LocalEngine:
 
     # Text ----------------------------------------------------------------------------------------------------
 
-    def _render(self, request: ChatRequest) -> str:
-        messages = [_plain(message) for message in request.messages]
-        try:
-            return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        except Exception as error:  # a template is a program of the model's maker and may raise anything
-            raise WorkerRejectedError(
-                f"the model's chat template refuses this conversation: {type(error).__name__}", param="messages"
-            ) from error
-
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -224,8 +213,8 @@ class LocalEngine:
                 if self._rows:
                     self._step()
             except Exception as error:  # out of memory and the like: everyone in the batch must hear of it
-                self._fail(WorkerUnavailableError(f"the local model failed: {type(error).__name__}"))
-        self._fail(WorkerUnavailableError("the local engine was closed"))
+                self._fail(f"the local model failed: {type(error).__name__}")
+        self._fail("the local engine was closed")
 
     def _take(self) -> bool:
         """Drop what was cancelled and let the next request in; False when closed. Sleeps while there is nothing."""
@@ -332,7 +321,7 @@ class LocalEngine:
                 layer.keys = layer.keys[indices, :, -width:]
                 layer.values = layer.values[indices, :, -width:]
 
-    def _fail(self, error: FuguError) -> None:
+    def _fail(self, message: str) -> None:
         with self._changed:
             failed = [*self._rows, *([self._joining[0]] if self._joining else [])]
             if self._closed:
@@ -340,7 +329,7 @@ class LocalEngine:
                 self._waiting.clear()
         self._rows, self._cache, self._joining = [], None, None
         for row in failed:
-            row.emit(error)
+            row.emit(WorkerUnavailableError(message))
 
 
 def _stack(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
@@ -348,16 +337,6 @@ def _stack(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     width = max(ours.shape[2], theirs.shape[2])
     padded = [torch.nn.functional.pad(part, (0, 0, width - part.shape[2], 0)) for part in (ours, theirs)]
     return torch.cat(padded)
-
-
-def _plain(message: Message) -> dict[str, str]:
-    """A message as chat templates know it: role and text."""
-    if message.images:
-        raise WorkerRejectedError("this worker reads text only, no images", param="messages")
-    if message.role == "tool" or message.tool_calls:
-        raise WorkerRejectedError("this worker cannot follow tool calls in a conversation", param="messages")
-    role = "system" if message.role == "developer" else message.role
-    return {"role": role, "content": message.text}
 
 
 def _resolver(future: Future[Finished]) -> Callable[[Event], None]:
