@@ -12,20 +12,24 @@ from __future__ import annotations
 
 import logging
 import shutil
+import signal
+import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import ray
+from actors.pool import WorkerPool
 from ray import serve
 from ray.serve.config import HTTPOptions
 
 from actors.config import FuguConfig, Replicas
 from actors.errors import ConfigError, FuguError
-from actors.pool import WorkerPool
 from serve.auth import check_bind
 from serve.gateway import GatewayReplica
 from serve.router import RouterReplica
@@ -179,8 +183,6 @@ def check_port_free(host: str, port: int) -> None:
     """Raises:
     ConfigError: something listens on it already, or the address is not ours.
     """
-    import socket
-
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -194,21 +196,36 @@ def check_port_free(host: str, port: int) -> None:
 
 def init_ray(dashboard: bool) -> None:
     """Start a Ray of our own: no dashboard unless asked for, little memory, nothing on the console."""
-    ray.init(
-        address="local",
-        namespace=NAMESPACE,
-        include_dashboard=dashboard,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=OBJECT_STORE_BYTES,
-    )
+    with _quiet_ray():
+        ray.init(
+            address="local",
+            namespace=NAMESPACE,
+            include_dashboard=dashboard,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+        )
 
 
 def _join_ray(address: str) -> None:
     try:
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        with _quiet_ray():
+            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"no Ray at {address}: {error}") from None
+
+
+@contextmanager
+def _quiet_ray() -> Iterator[None]:
+    """Ray takes SIGTERM for itself (it prints a stack and dies); the handlers that were in place stay."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def _url(host: str, port: int) -> str:

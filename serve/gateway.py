@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from actors.pool import WorkerPool
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Route
@@ -18,7 +19,6 @@ from starlette.types import Receive, Scope, Send
 from actors.config import FuguConfig
 from actors.errors import FuguError, MethodNotAllowedError, NotFoundError, OverloadedError, RequestError
 from actors.messages import Worker
-from actors.pool import WorkerPool
 from serve.api.chat import ChatEndpoint
 from serve.api.health import Readiness
 from serve.api.http import headers_of, send_error
@@ -76,8 +76,8 @@ class GatewayReplica:
         return Gateway(self._config, workers, self._decider, readiness)
 
     async def _workers(self) -> str | None:
-        waiting = [status.name for status in await self._pool.status() if not status.ready]
-        return f"loading: {', '.join(waiting)}" if waiting else None
+        down = [f"{each.name}: {each.reason}" for each in await self._pool.status() if each.state == "down"]
+        return "; ".join(down) or None
 
     async def _router(self) -> str | None:
         failure = await self._decider.status()

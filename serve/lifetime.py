@@ -23,10 +23,13 @@ from serve import environment
 
 if TYPE_CHECKING:
     from actors.pool import WorkerPool
+
     from serve.app import Server
 
 READY_SECONDS = 600.0
 STOP_SECONDS = 20.0
+# A signal sent to the process and to its group arrives twice; that is one wish.
+TWICE_SECONDS = 0.5
 
 
 def run(
@@ -94,8 +97,8 @@ def pool_of(config: FuguConfig, *, console: Console) -> Iterator[WorkerPool]:
     """The provider actors of a configuration in a Ray of their own, without a gateway."""
     environment.prepare(config.serve.model_copy(update={"ha_proxy": False}))
     import ray
-
     from actors.pool import WorkerPool
+
     from serve.app import NAMESPACE, init_ray
 
     with _ending_processes():
@@ -125,35 +128,34 @@ class _Signals:
 
     def __init__(self) -> None:
         self._asked = threading.Event()
+        self._first = 0.0
         self._waiting = False
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> _Signals:
-        self.install()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def install(self) -> None:
-        """Again after ray.init, which puts a handler of its own in place."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before = signal.signal(number, self._handle)
-            self._before.setdefault(number, before)
-
     def wait(self) -> None:
         """Until a signal asks for the end."""
-        self.install()
         self._waiting = True
         while not self._asked.wait(0.5):
             pass
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._asked.is_set() and now - self._first < TWICE_SECONDS:
+            return
         if self._asked.is_set():
             _kill(psutil.Process().children(recursive=True))
             os._exit(128 + number)
         self._asked.set()
+        self._first = now
         if not self._waiting:
             raise KeyboardInterrupt
 
