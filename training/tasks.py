@@ -15,6 +15,9 @@ EXCLUDED: Mapping[str, str] = {
     "composite": "has no tasks of its own: it mixes other families by a configuration",
 }
 
+# The package makes item i of a data set from seed + i: without a stride, neighbouring seeds would share their items.
+SEED_STRIDE = 1_000_000
+
 
 def reasoning_gym_tasks(
     families: Sequence[str],
@@ -25,7 +28,7 @@ def reasoning_gym_tasks(
     difficulty: str = "easy",
     config: Mapping[str, Any] | None = None,
 ) -> list[Task]:
-    """`count` tasks of each family. Equal arguments give equal tasks. `config` goes to each family's generator.
+    """`count` (below a million) tasks of each family. Equal arguments give equal tasks, other seeds other ones. `config` goes to each family's generator.
 
     Raises:
         DataError: an unknown or excluded family, or one that cannot be made with this configuration.
@@ -40,7 +43,7 @@ def reasoning_gym_tasks(
         if family not in DATASETS:
             raise DataError(f"reasoning-gym has no family {family}")
         try:
-            dataset = reasoning_gym.create_dataset(family, size=count, seed=seed, **(config or {}))
+            dataset = reasoning_gym.create_dataset(family, size=count, seed=seed * SEED_STRIDE, **(config or {}))
         except (TypeError, ValueError, AssertionError) as error:
             raise DataError(f"reasoning-gym cannot make {family}: {error}") from error
         for index in range(count):
