@@ -110,7 +110,7 @@ async def simulate(subject: Limiter, schedule: list[Call]) -> tuple[list[tuple[f
     return arrivals, ends
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(calls, max_size=40), st.integers(1, 6), st.integers(60, 150), st.integers(1, 5))
 def test_no_window_ever_sees_too_much_and_everything_ends(
     schedule: list[Call], requests: int, tokens: int, concurrency: int
@@ -130,7 +130,7 @@ def test_no_window_ever_sees_too_much_and_everything_ends(
     run_virtual(main)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 50), st.booleans()), min_size=1, max_size=30))
 def test_nothing_is_lost_on_refund(amounts: list[tuple[int, bool]]) -> None:
     async def main() -> None:
@@ -151,7 +151,7 @@ def test_nothing_is_lost_on_refund(amounts: list[tuple[int, bool]]) -> None:
     run_virtual(main)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0, 30), st.integers(1, 40)), max_size=25),
     st.floats(0, 20),

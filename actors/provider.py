@@ -1,0 +1,87 @@
+"""The Ray actor of a provider: a thin shell around the workers that it hosts.
+
+Ray starts, finds and restarts it; requests reach it over `actors.link`. A remote worker has actors of its own, one per
+shard; local workers on the same model share one actor and one engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import ray
+
+from actors.adapters.build import build_adapters
+from actors.config import WorkerSpec
+from actors.errors import ConfigError, FuguError, WorkerUnavailableError
+from actors.journal import Journal, journal_path
+from actors.limiter import SLACK, WINDOW
+from actors.link import Endpoint, LinkServer
+from actors.status import WorkerStatus
+from actors.worker import WorkerRuntime
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LimitWindow:
+    """Seconds of the limiters' windows. Providers count minutes; tests cannot wait for those."""
+
+    window: float = WINDOW
+    slack: float = SLACK
+
+
+@ray.remote
+class ProviderActor:
+    """Hosts `specs` (one group, see `actors.pool.group`). Methods return errors as values, and never raise them."""
+
+    def __init__(self, specs: Sequence[WorkerSpec], shard: int, limits: LimitWindow) -> None:
+        self._specs = specs
+        self._shard = shard
+        self._limits = limits
+        self._reconstructed = ray.get_runtime_context().was_current_actor_reconstructed
+        self._starting = asyncio.Lock()
+        self._runtimes: dict[str, WorkerRuntime] = {}
+        self._endpoint: Endpoint | None = None
+
+    async def endpoint(self) -> Endpoint | FuguError:
+        """Where to call, once every worker of the group is ready. A start that failed is tried again when asked."""
+        async with self._starting:
+            if self._endpoint is None:
+                try:
+                    self._endpoint = await self._start()
+                except FuguError as error:
+                    return error
+                except Exception as error:
+                    # The traceback stays in this actor's log: a caller gets no more than the kind of fault.
+                    logger.exception("cannot start %s", ", ".join(spec.name for spec in self._specs))
+                    names = ", ".join(spec.name for spec in self._specs)
+                    return ConfigError(f"cannot start {names}: {type(error).__name__}; the log of its actor says more")
+        return self._endpoint
+
+    async def _start(self) -> Endpoint:
+        adapters = await build_adapters(self._specs)
+        for spec in self._specs:
+            self._runtimes[spec.name] = WorkerRuntime(
+                spec,
+                adapters[spec.name],
+                shard=self._shard,
+                window=self._limits.window,
+                slack=self._limits.slack,
+                journal=self._journal(spec),
+                reconstructed=self._reconstructed,
+            )
+        return await LinkServer(dict(self._runtimes)).start(ray.util.get_node_ip_address())
+
+    def _journal(self, spec: WorkerSpec) -> Journal | None:
+        if spec.limits.requests_per_minute is None and spec.limits.tokens_per_minute is None:
+            return None
+        return Journal(journal_path(spec, self._shard), span=self._limits.window + self._limits.slack)
+
+    async def status(self) -> list[WorkerStatus] | FuguError:
+        """This shard's part of every worker it hosts."""
+        if not self._runtimes:
+            return WorkerUnavailableError("is still starting")
+        return [runtime.status() for runtime in self._runtimes.values()]
