@@ -28,7 +28,8 @@ def reasoning_gym_tasks(
     difficulty: str = "easy",
     config: Mapping[str, Any] | None = None,
 ) -> list[Task]:
-    """`count` (below a million) tasks of each family. Equal arguments give equal tasks, other seeds other ones. `config` goes to each family's generator.
+    """`count` (below a million) tasks of each family. Equal arguments give equal tasks, other seeds other
+    ones. `config` goes to each family's generator.
 
     Raises:
         DataError: an unknown or excluded family, or one that cannot be made with this configuration.

@@ -19,7 +19,7 @@ def test_reasoning_gym_families_are_repeatable_and_gradable() -> None:
     assert len({task.task_id for task in tasks}) == 6
     for task in tasks:
         assert grade(task, f"Answer: {task.reference}") == 1
-        assert grade(task, "Answer: no idea") <= 0.1  # some verifiers give a little for any answer
+        assert grade(task, "Answer: no idea") < 0.5  # spelling gets credit letter by letter
     others = reasoning_gym_tasks(["basic_arithmetic"], count=3, seed=6, split="train")
     assert {task.prompt for task in others}.isdisjoint(task.prompt for task in tasks)
 
