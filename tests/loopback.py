@@ -281,7 +281,8 @@ class _Connection(asyncio.Protocol):
             frames = [*frames[: behaviour.error_after], error_event(answer.request.dialect, behaviour)]
         if behaviour.chunk_delay == 0 and behaviour.split is None and behaviour.break_after is None:
             data = b"".join(frames)
-            self._transport.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data))
+            body = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+            self._transport.write(body + b"0\r\n\r\n")
         else:
             for number, data in enumerate(frames):
                 if number == behaviour.break_after:

@@ -8,6 +8,7 @@ to 4.5; JSON schemas began with 4.1. `accepts: [temperature, top_p]` sends sampl
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -34,7 +35,7 @@ PATH = "/v1/messages"
 VERSION = "2023-06-01"
 
 # The reference's optional fields that callers may give as they are; `user` becomes `metadata.user_id`.
-ACCEPTED = frozenset({"top_k", "thinking", "cache_control", "container", "inference_geo", "speed"})
+ACCEPTED = frozenset({"thinking", "cache_control", "container", "inference_geo", "speed"})
 
 _FINISH: Mapping[str, FinishReason] = {
     "end_turn": "stop",
@@ -91,7 +92,7 @@ def request_body(spec: WorkerSpec, request: ChatRequest) -> tuple[dict[str, Any]
     body: dict[str, Any] = {"model": spec.model, "max_tokens": max_tokens, "messages": _messages(messages)}
     if system:
         body["system"] = system
-    _tools(body, request, messages, dropped)
+    _tools(body, request, messages, known, dropped)
     _thinking(body, request, known, dropped)
     _sampling(body, request, known, spec.accepts, dropped)
     if stops := [stop for stop in request.stop if stop.strip()]:
@@ -107,6 +108,8 @@ def request_body(spec: WorkerSpec, request: ChatRequest) -> tuple[dict[str, Any]
         else:
             dropped.append("response_format")
     for name, value in request.extra.items():
+        if name == "top_k":
+            continue
         native = name in ACCEPTED or (name == "service_tier" and value in ("auto", "standard_only"))
         if name == "user" and isinstance(value, str):
             body["metadata"] = {"user_id": value}
@@ -131,17 +134,16 @@ def _sampling(
     accepts: tuple[str, ...],
     dropped: list[str],
 ) -> None:
-    # With thinking on, the API takes no other temperature than its own.
+    # With thinking on, the API takes no sampling values but its own.
     thinks = body.get("thinking", {}).get("type") in ("enabled", "adaptive")
     fits = not thinks and (known is None or known < (4, 7))
-    for name, value in (("temperature", request.temperature), ("top_p", request.top_p)):
-        if value is None:
-            continue
-        # From 4.1 on a request may give one of the two, not both.
+    wanted = given(temperature=request.temperature, top_p=request.top_p, top_k=request.extra.get("top_k"))
+    for name, value in wanted.items():
+        # From 4.1 on a request may give one of temperature and top_p, not both.
         second = name == "top_p" and "temperature" in body and known is not None and known >= (4, 1)
         if name in accepts or (fits and not second):
             # The scale ends at 1 here, at 2 in the OpenAI API.
-            body[name] = min(value, 1.0)
+            body[name] = value if name == "top_k" else min(value, 1.0)
         else:
             dropped.append(name)
 
@@ -158,33 +160,49 @@ def _thinking(body: dict[str, Any], request: ChatRequest, known: tuple[int, int]
         level = _EFFORT[effort]
         # From 4.7 on there is `xhigh`, and thoughts are left out of the answer unless asked for.
         newer = known >= (4, 7)
-        body["thinking"] = {"type": "adaptive"} | ({"display": "summarized"} if newer else {})
+        if not _forced(body):
+            body["thinking"] = {"type": "adaptive"} | ({"display": "summarized"} if newer else {})
         body["output_config"] = {"effort": "high" if level == "xhigh" and not newer else level}
     else:
         _budget(body, request, _BUDGET[effort], dropped)
 
 
+def _forced(body: dict[str, Any]) -> bool:
+    """The API refuses thinking together with a tool that must be called."""
+    return body.get("tool_choice", {}).get("type") in ("any", "tool")
+
+
 def _budget(body: dict[str, Any], request: ChatRequest, budget: int, dropped: list[str]) -> None:
     """Thinking tokens count toward `max_tokens`. A caller's bound is kept and shared; ours is widened. Not possible
-    with a forced tool, nor inside a tool loop, whose earlier thoughts (signed blocks) we do not have."""
+    inside a tool loop, whose earlier thoughts (signed blocks) we do not have."""
     if request.max_tokens is None:
         body["max_tokens"] = max(body["max_tokens"], budget + 8192)
-    budget = min(budget, body["max_tokens"] // 2)
-    forced = body.get("tool_choice", {}).get("type") in ("any", "tool")
-    in_loop = any(message.role == "tool" for message in request.messages[-1:])
-    if budget < _MIN_BUDGET or forced or in_loop:
+    else:
+        budget = min(budget, request.max_tokens // 2)
+    since = itertools.takewhile(lambda message: message.role != "assistant", reversed(request.messages))
+    in_loop = any(message.role == "tool" for message in since)
+    if budget < _MIN_BUDGET or _forced(body) or in_loop:
         dropped.append("reasoning_effort")
     else:
         body["thinking"] = {"type": "enabled", "budget_tokens": budget}
 
 
-def _tools(body: dict[str, Any], request: ChatRequest, messages: list[Message], dropped: list[str]) -> None:
+def _tools(
+    body: dict[str, Any],
+    request: ChatRequest,
+    messages: list[Message],
+    known: tuple[int, int] | None,
+    dropped: list[str],
+) -> None:
+    strict = known is None or known >= (4, 1)
+    if not strict and any(tool.strict for tool in request.tools):
+        dropped.append("tools.strict")
     tools = [
         given(
             name=tool.name,
             description=tool.description or None,
             input_schema={"type": "object", "properties": {}, **tool.parameters},
-            strict=tool.strict or None,
+            strict=(strict and tool.strict) or None,
         )
         for tool in request.tools
     ]
