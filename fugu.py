@@ -6,7 +6,7 @@ import asyncio
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -136,7 +136,7 @@ def _override(config: FuguConfig, host: str | None, port: int | None) -> FuguCon
     return config.model_copy(update={"serve": config.serve.model_copy(update=changes)})
 
 
-def _fail(error: FuguError) -> Any:
+def _fail(error: FuguError) -> NoReturn:
     err.print(f"[bold red]error:[/] {_plain(error.message)}", soft_wrap=True)
     raise typer.Exit(1)
 

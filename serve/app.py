@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import shutil
 import signal
@@ -17,19 +18,19 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import ray
-from actors.pool import WorkerPool
 from ray import serve
 from ray.serve.config import HTTPOptions
 
 from actors.config import FuguConfig, Replicas
 from actors.errors import ConfigError, FuguError
+from actors.pool import WorkerPool
 from serve.auth import check_bind
 from serve.gateway import GatewayReplica
 from serve.router import RouterReplica
@@ -124,6 +125,8 @@ class Server:
         try:
             progress("starting the workers")
             server._pool = WorkerPool.connect(config, namespace=NAMESPACE)
+            # Models load while Serve starts.
+            threading.Thread(target=_get_ready, args=(server._pool,), name="workers", daemon=True).start()
             progress("starting the gateway")
             serve.start(
                 proxy_location="EveryNode",
@@ -172,11 +175,16 @@ class Server:
                 _quietly("deleting the application", lambda: serve.delete(APP))
             if self._pool is not None:
                 _quietly("stopping the workers", self._pool.shutdown)
-            if self.owns_ray:
-                _quietly("stopping Serve", serve.shutdown)
+            # Serve's controller, proxies and HAProxy end with the Ray they run in; in someone else's they stay.
             ray.shutdown()
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _get_ready(pool: WorkerPool) -> None:
+    # What fails here is found again, and told, by the gateway's readiness.
+    with suppress(FuguError):
+        asyncio.run(pool.ready())
 
 
 def check_port_free(host: str, port: int) -> None:

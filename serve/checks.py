@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
-from actors.pool import WorkerPool
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from actors.config import FuguConfig, Limits, Price
+from actors.pool import WorkerPool
 from actors.status import CheckResult
 
 READY_SECONDS = 300.0

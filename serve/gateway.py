@@ -5,20 +5,21 @@ Chat completions go straight from ASGI to their handler; the other paths are Fas
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from actors.pool import WorkerPool
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from actors.config import FuguConfig
-from actors.errors import FuguError, MethodNotAllowedError, NotFoundError, OverloadedError, RequestError
+from actors.errors import ConfigError, FuguError, MethodNotAllowedError, NotFoundError, OverloadedError, RequestError
 from actors.messages import Worker
+from actors.pool import WorkerPool
 from serve.api.chat import ChatEndpoint
 from serve.api.health import Readiness
 from serve.api.http import headers_of, send_error
@@ -66,6 +67,7 @@ class GatewayReplica:
         self._config = config
         names = [spec.name for spec in config.active]
         self._pool = WorkerPool.connect(config)
+        self._starting: asyncio.Task[None] | None = None
         self._decider: Decider = (
             OrderDecider(names) if router is None else RouterClient(router, names, config.router.timeout)
         )
@@ -76,8 +78,18 @@ class GatewayReplica:
         return Gateway(self._config, workers, self._decider, readiness)
 
     async def _workers(self) -> str | None:
+        """Also gets workers going: an actor loads its models when it is first asked for them, restarted ones too."""
         down = [f"{each.name}: {each.reason}" for each in await self._pool.status() if each.state == "down"]
-        return "; ".join(down) or None
+        if not down:
+            return None
+        if self._starting is not None and self._starting.done():
+            failure = self._starting.exception()
+            self._starting = None
+            if isinstance(failure, ConfigError):
+                return f"failed: {failure.message}"
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._pool.ready())
+        return "; ".join(down)
 
     async def _router(self) -> str | None:
         failure = await self._decider.status()

@@ -23,7 +23,6 @@ from serve import environment
 
 if TYPE_CHECKING:
     from actors.pool import WorkerPool
-
     from serve.app import Server
 
 READY_SECONDS = 600.0
@@ -97,8 +96,8 @@ def pool_of(config: FuguConfig, *, console: Console) -> Iterator[WorkerPool]:
     """The provider actors of a configuration in a Ray of their own, without a gateway."""
     environment.prepare(config.serve.model_copy(update={"ha_proxy": False}))
     import ray
-    from actors.pool import WorkerPool
 
+    from actors.pool import WorkerPool
     from serve.app import NAMESPACE, init_ray
 
     with _ending_processes():

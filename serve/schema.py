@@ -200,10 +200,9 @@ def _field(loc: Sequence[int | str], data: Any, kind: str) -> tuple[int | str, .
     """The parts of a pydantic location that lead through `data`; the names of union branches drop out."""
     path: list[int | str] = []
     for depth, part in enumerate(loc):
-        if (isinstance(data, dict) and part in data) or (
-            isinstance(data, list) and isinstance(part, int) and part < len(data)
-        ):
-            data = data[part]
+        inside = data if isinstance(data, dict) else dict(enumerate(data)) if isinstance(data, list) else {}
+        if part in inside:
+            data = inside[part]
             path.append(part)
         elif kind == "missing" and depth == len(loc) - 1:
             path.append(part)
