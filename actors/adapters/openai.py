@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import orjson
@@ -124,7 +125,7 @@ def request_body(spec: WorkerSpec, request: ChatRequest) -> tuple[dict[str, Any]
 
 def _messages(spec: WorkerSpec, request: ChatRequest) -> list[dict[str, Any]]:
     # Compatible servers feed roles to a chat template, and few templates know `developer`.
-    host = httpx.URL(spec.url).host
+    host = urlsplit(spec.url).hostname or ""
     knows_developer = host.endswith(("openai.com", "azure.com"))
     messages = []
     for message in request.messages:
