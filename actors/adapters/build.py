@@ -53,17 +53,25 @@ async def _with_engine(specs: Sequence[WorkerSpec]) -> dict[str, Adapter]:
     folder = (await asyncio.to_thread(resolve_model, first.model, progress=False)).folder
     adapters = {spec.name: spec.adapter for spec in specs if spec.adapter is not None}
     max_batch = max(spec.max_batch for spec in specs)
+    contexts = [spec.context for spec in specs]
+    context = None if None in contexts else max(context for context in contexts if context is not None)
     if first.provider == "local":
         from actors.adapters.local import LocalAdapter
         from actors.adapters.local_engine import LocalEngine
 
         local = await asyncio.to_thread(
-            LocalEngine.load, folder, device=first.device, adapters=adapters, max_batch=max_batch
+            LocalEngine.load, folder, device=first.device, adapters=adapters, max_batch=max_batch, context=context
         )
         return {spec.name: LocalAdapter(spec, local) for spec in specs}
     from actors.adapters.vllm import VllmAdapter, VllmEngine
 
-    engine = await asyncio.to_thread(
-        VllmEngine.load, folder, device=first.device, adapters=adapters, max_batch=max_batch
+    vllm = await asyncio.to_thread(
+        VllmEngine.load,
+        folder,
+        device=first.device,
+        adapters=adapters,
+        max_batch=max_batch,
+        context=context,
+        gpus=first.gpus,
     )
-    return {spec.name: VllmAdapter(spec, engine) for spec in specs}
+    return {spec.name: VllmAdapter(spec, vllm) for spec in specs}
