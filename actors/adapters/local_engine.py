@@ -23,8 +23,8 @@ from transformers.cache_utils import DynamicCache
 
 from actors.adapters.decoding import Detokenizer, StopFilter, sample
 from actors.adapters.local_model import LoadedModel, load_model
-from actors.adapters.text_worker import Finished, render
-from actors.errors import ContextLengthError, FuguError, WorkerUnavailableError
+from actors.adapters.text_worker import Finished, check_length, render
+from actors.errors import FuguError, WorkerUnavailableError
 from actors.messages import ChatReply, ChatRequest, FinishReason, Usage
 
 PREFILL_TOKENS = 256
@@ -122,15 +122,11 @@ class LocalEngine:
             WorkerRejectedError: the request needs what a text model cannot do, or its chat template refuses it.
         """
         text = render(self._tokenizer, request.messages)
-        # Before the costly exact count: no text this long fits, even in the longest tokens.
-        prompt = [] if len(text) > self.context * self._longest_token else self._encode(text)
-        if not 0 < len(prompt) < self.context:
-            length = f"{len(prompt)} tokens" if prompt else f"{len(text)} characters"
-            raise ContextLengthError(
-                f"the conversation is {length} long; this worker's context holds {self.context} tokens, "
-                "answer included",
-                param="messages",
-            )
+        if len(text) > self.context * self._longest_token:
+            # Not even in the longest tokens does this fit; counting exactly would take long.
+            check_length(len(text) // self._longest_token, self.context, at_least=True)
+        prompt = self._encode(text)
+        check_length(len(prompt), self.context)
         room = self.context - len(prompt)
         random = torch.Generator()
         if request.seed is None:

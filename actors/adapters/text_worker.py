@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.adapters.base import CallContext
-from actors.errors import FuguError, StreamBrokenError, WorkerRejectedError
+from actors.errors import ContextLengthError, FuguError, StreamBrokenError, WorkerRejectedError
 from actors.messages import ChatReply, ChatRequest, Chunk, FinishReason, Message, Usage
 
 
@@ -91,6 +91,16 @@ def render(tokenizer: Any, messages: tuple[Message, ...]) -> str:
         raise WorkerRejectedError(
             f"the model's chat template refuses this conversation ({type(error).__name__})", param="messages"
         ) from error
+
+
+def check_length(prompt: int, context: int, *, at_least: bool = False) -> None:
+    """Raise `ContextLengthError` if a prompt of this many tokens leaves no room for an answer."""
+    if prompt >= context:
+        raise ContextLengthError(
+            f"the conversation is {'at least ' if at_least else ''}{prompt} tokens long; this worker's context holds "
+            f"{context}, answer included",
+            param="messages",
+        )
 
 
 def _plain(message: Message) -> dict[str, str]:

@@ -181,10 +181,12 @@ def test_a_small_cache_lets_rows_in_one_by_one(engine: LocalEngine, monkeypatch:
 
 
 def test_too_long_a_conversation_says_how_long(engine: LocalEngine) -> None:
-    with pytest.raises(ContextLengthError, match="1024 tokens") as caught:
+    with pytest.raises(
+        ContextLengthError, match=r"11[0-9][0-9] tokens long; this worker's context holds 1024"
+    ) as caught:
         engine.generate_batch([ask("a" * 1100)])
     assert caught.value.param == "messages"
-    with pytest.raises(ContextLengthError, match="10000050 characters"):
+    with pytest.raises(ContextLengthError, match="at least"):
         engine.generate_batch([ask("a" * 10_000_000)])
 
 
