@@ -252,7 +252,7 @@ class AllWorkersFailedError(FuguError):
 
 
 _SECRET = re.compile(
-    r"(?i)\b(bearer\s+|x-api-key\W+|key=)\S+|\b(sk|fish|xai|gsk|AIza|ant)[-_A-Za-z0-9]{8,}",
+    r"(?i)\b(bearer\s+|x-api-key\W+|key=)\S+|\b((sk|fish|xai|gsk|ant)[-_]|AIza)[-_A-Za-z0-9]{8,}",
 )
 
 

@@ -173,10 +173,18 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._provider._open.discard(self)
-        if self._current is not None and not self._broken_by_us:
-            self._provider.disconnects.append(Disconnect(time.monotonic(), self._current))
+        left = self._current
+        self._end()
+        if left is not None and not self._broken_by_us:
+            self._provider.disconnects.append(Disconnect(time.monotonic(), left))
         if self._task is not None:
             self._task.cancel()
+
+    def _end(self) -> None:
+        """The current request, if there is one, is no longer in flight."""
+        if self._current is not None:
+            self._current = None
+            self._provider.in_flight -= 1
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -232,8 +240,8 @@ class _Connection(asyncio.Protocol):
         try:
             await self._answer(request)
         finally:
-            provider.in_flight -= 1
-            self._current = self._task = None
+            self._end()
+            self._task = None
         if not self._transport.is_closing():
             self._next()
 
