@@ -46,7 +46,6 @@ FAMILIES = (
     "opposite",
     "yes_no",
     "even_odd",
-    "larger",
     "plural",
 )
 FOLDS = 5
@@ -66,7 +65,9 @@ class InProcess:
         return await self.runtime.complete(request)
 
 
-def measure(config: FuguConfig, tasks: Sequence[Task], folder: Path, *, samples: int, batch: int) -> Outcomes:
+def measure(
+    config: FuguConfig, tasks: Sequence[Task], folder: Path, *, samples: int, batch: int, max_tokens: int
+) -> Outcomes:
     """Ask every worker of the pool (all on one local model) every task, with a progress bar.
 
     Raises:
@@ -96,7 +97,11 @@ def measure(config: FuguConfig, tasks: Sequence[Task], folder: Path, *, samples:
             def advance(_sample: Sample) -> None:
                 bar.advance(row)
 
-            return asyncio.run(label(workers, tasks, folder, samples=samples, concurrency=batch, on_sample=advance))
+            return asyncio.run(
+                label(
+                    workers, tasks, folder, samples=samples, concurrency=batch, max_tokens=max_tokens, on_sample=advance
+                )
+            )
     finally:
         engine.close()
 
@@ -136,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", type=int, default=32, help="of each family, at most")
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--max-tokens", type=int, default=48, help="answers are cut there while measuring")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(arguments)
     try:
@@ -149,7 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> None:
     config = load_config(options.config)
     tasks = family_tasks(FAMILIES, count=options.tasks, seed=options.seed)
-    found = measure(config, tasks, options.folder, samples=options.samples, batch=options.batch)
+    found = measure(
+        config, tasks, options.folder, samples=options.samples, batch=options.batch, max_tokens=options.max_tokens
+    )
     names = [spec.name for spec in config.active]
     files = resolve_model(config.router.backbone)
     # Fitting on the CPU in float32 makes the same file on every machine, as far as its arithmetic allows.
@@ -178,6 +186,7 @@ def run(options: argparse.Namespace) -> None:
         "learning_rate": settings.learning_rate,
         "seed": options.seed,
         "samples": options.samples,
+        "max_tokens": options.max_tokens,
         "tasks": {split: len(hidden[split]) for split in hidden},
         "test": {name: [estimate.mean, estimate.low, estimate.high] for name, estimate in table.items()},
         "routing_share": dict(zip(names, shares.tolist(), strict=True)),

@@ -60,11 +60,13 @@ async def label(
     samples: int,
     concurrency: int,
     seed: int = 0,
+    max_tokens: int | None = None,
     on_sample: Callable[[Sample], None] = lambda _sample: None,
 ) -> Outcomes:
     """Ask for what the journal lacks, at most `concurrency` calls at once, then write and return the outcomes.
 
-    Each call has its own seed and `sample_index`, so repeated samples differ and a repeated run does not. A call that
+    Answers are cut at `max_tokens`; None leaves each worker its own limit. Each call has its own seed and
+    `sample_index`, so repeated samples differ and a repeated run does not. A call that
     fails is left out (and asked again by the next run); a pair of task and worker without any sample has no outcome.
 
     Raises:
@@ -97,6 +99,7 @@ async def label(
         async def ask(task: Task, worker: Answers, index: int) -> None:
             request = ChatRequest(
                 messages=(Message("user", task.prompt),),
+                max_tokens=max_tokens,
                 seed=_seed(seed, task.task_id, worker.name, index),
                 sample_index=index,
             )

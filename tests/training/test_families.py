@@ -34,7 +34,6 @@ def test_the_reference_is_right_and_a_wrong_answer_is_wrong() -> None:
         ("subtract", lambda prompt, numbers: numbers[0] - numbers[1]),
         ("multiply", lambda prompt, numbers: numbers[0] * numbers[1]),
         ("chain", lambda prompt, numbers: sum(numbers)),
-        ("larger", lambda prompt, numbers: max(numbers)),
         (
             "story",
             lambda prompt, numbers: numbers[0] + (-1 if "away" in prompt or "loses" in prompt else 1) * numbers[1],
