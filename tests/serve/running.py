@@ -20,7 +20,7 @@ START_SECONDS = 120.0
 
 
 class RunningServer:
-    """Starts on entering, stops on leaving (SIGTERM, then force). `config` is written to `folder`; the port is added."""
+    """Starts on entering, stops on leaving (SIGTERM, then force). `config` goes to `folder`, with a free port."""
 
     def __init__(self, folder: Path, config: dict[str, Any], *options: str, environ: dict[str, str] | None = None):
         self.folder = folder
@@ -86,7 +86,7 @@ class RunningServer:
         """Where its Ray keeps its logs."""
         for process in self.tree():
             for argument in process.cmdline():
-                if argument.startswith("--log_dir=") or argument.startswith("--log-dir="):
+                if argument.startswith(("--log_dir=", "--log-dir=")):
                     return Path(argument.partition("=")[2]).parent
         raise AssertionError("its Ray has no log folder")
 

@@ -39,6 +39,7 @@ class Scripted:
         self.wait = wait
         self.requests: list[ChatRequest] = []
         self.cancelled = 0
+        self.asked = asyncio.Event()
 
     async def complete(self, request: ChatRequest) -> ChatReply:
         final: ChatReply | None = None
@@ -49,6 +50,7 @@ class Scripted:
 
     async def stream(self, request: ChatRequest) -> AsyncIterator[Chunk]:
         self.requests.append(request)
+        self.asked.set()
         said = ""
         try:
             await asyncio.sleep(self.wait)
@@ -348,8 +350,7 @@ async def test_the_whole_request_is_bounded(stream: bool) -> None:
 async def test_a_cancelled_request_cancels_the_worker(stream: bool) -> None:
     worker = Scripted("a", "x", wait=30)
     task = asyncio.create_task(post(gateway(worker), stream=stream))
-    while not worker.requests:
-        await asyncio.sleep(0.01)
+    await asyncio.wait_for(worker.asked.wait(), 5)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -185,10 +186,8 @@ fields = st.sampled_from(["model", "messages", "temperature", "tools", "stop", "
 
 @given(st.dictionaries(fields, json_values, max_size=4))
 def test_any_json_is_taken_or_refused_and_nothing_else(changes: dict[str, Any]) -> None:
-    try:
+    with contextlib.suppress(RequestError):
         to_request(parse_chat(json.dumps({"model": "fugu", "messages": HELLO, **changes}).encode()))
-    except RequestError:
-        pass
 
 
 @given(st.binary(max_size=200))
