@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from actors.errors import ConfigError
 from orchestrator.head import Position
@@ -67,12 +68,17 @@ class Backbone:
         dtype = fitting_dtype(target) if dtype is None else dtype
         if not Path(folder).is_dir():
             raise ConfigError(f"the backbone folder {folder} does not exist")
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # a service's log is no place for one
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             # Offsets act on the stored weights: rebuilding from rounded ones would not be the trained model.
             model = AutoModel.from_pretrained(folder, dtype=torch.float32 if singular else dtype, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot load the backbone from {folder}: {error}") from error
+        finally:
+            if bars:
+                logging.enable_progress_bar()
         if singular:
             apply_scales(model, singular)
         context = int(model.config.max_position_embeddings)
