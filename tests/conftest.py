@@ -35,17 +35,11 @@ def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def ray_session(state_dir: Path) -> Iterator[None]:
-    """The one Ray of the session (four logical CPUs, no dashboard, namespace "fugu")."""
+    """The one Ray of the session (four logical CPUs, no dashboard, namespace "fugu"). Its processes inherit the
+    environment as it is now, the state folder with it."""
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        namespace="fugu",
-        log_to_driver=False,
-        runtime_env={"env_vars": {"FUGU_STATE": str(state_dir), "HF_HUB_OFFLINE": "1"}},
-    )
+    ray.init(address="local", num_cpus=4, include_dashboard=False, namespace="fugu", log_to_driver=False)
     yield
     ray.shutdown()
 
