@@ -265,14 +265,19 @@ def load_config(path: Path | str, environ: Mapping[str, str] | None = None) -> F
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        # Its own text quotes the file, where a key may stand.
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}: {getattr(error, 'problem', None)}" if mark is not None else ""
+        raise ConfigError(f"{path} is not valid YAML{where}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must be a mapping with the keys workers, router, serve")
+    if not isinstance(raw.get("workers"), list):
+        raise ConfigError(f"{path}: workers: must be a list with at least one worker")
     if "disabled" in raw:
         raise ConfigError(f"{path}: disabled: unknown key")
     disabled = _take_out_unset_keys(raw, environ)
     raw = _expand(raw, environ, str(path))
-    for worker in raw.get("workers") or []:
+    for worker in raw["workers"]:
         if isinstance(worker, dict):
             _resolve_paths(worker, ("adapter", "outcomes"), path.parent)
     if isinstance(raw.get("router"), dict):
@@ -290,7 +295,7 @@ def load_config(path: Path | str, environ: Mapping[str, str] | None = None) -> F
 def _take_out_unset_keys(raw: dict[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
     """Drop `api_key` from workers whose variable is unset or empty, and say which variable each one lacks."""
     disabled: dict[str, str] = {}
-    for worker in raw.get("workers") or []:
+    for worker in raw["workers"]:
         if not isinstance(worker, dict) or not isinstance(worker.get("api_key"), str):
             continue
         missing = [name for name, default in _VARIABLE.findall(worker["api_key"]) if not (environ.get(name) or default)]

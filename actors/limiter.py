@@ -331,8 +331,7 @@ class Limiter:
             self._requests += requests - grant.requests
             self._tokens += tokens - grant.tokens
             grant.requests, grant.tokens = requests, tokens
-            if self._unsent.pop(grant.key, None) is not None:
-                grant.counted = False
+            self._unsent.pop(grant.key, None)
             if self._log is not None:
                 self._log.settled(grant.key, requests, tokens)
         if self._waiting:

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from actors.errors import (
     WorkerUnavailableError,
 )
 from actors.estimate import estimate_tokens
+from actors.journal import Journal
 from actors.messages import ChatReply, ChatRequest, Chunk, Message, ToolCall, Usage
 from actors.worker import WorkerRuntime, prepare, price_of
 from tests.actors.virtual import run_virtual
@@ -410,6 +412,25 @@ async def test_shards_share_every_limit_exactly() -> None:
     for part in parts[1:]:
         whole.add(part)
     assert (whole.requests_limit, whole.tokens_limit, whole.concurrency, whole.shards) == (10, 1001, 7, 4)
+
+
+@pytest.mark.parametrize(("reconstructed", "used"), [(False, 0), (True, 100)])
+def test_a_restarted_actor_without_its_journal_waits_for_a_window(
+    tmp_path: Path, reconstructed: bool, used: int
+) -> None:
+    async def main() -> None:
+        clock = asyncio.get_running_loop().time
+        limits = LIMITS | {"max_wait": 90}
+        spec = WorkerSpec.model_validate({"name": "w", "provider": "openai", "model": "m", "limits": limits})
+        journal = Journal(tmp_path / "0-of-1.log", span=61.0, wall=clock)
+        adapter = Scripted()
+        worker = WorkerRuntime(spec, adapter, clock=clock, journal=journal, reconstructed=reconstructed)
+        assert worker.status().requests_used == used
+        await worker.complete(REQUEST)
+        assert adapter.stamps[0] == pytest.approx(61 if reconstructed else 0, abs=0.01)
+        await worker.close()
+
+    run_virtual(main)
 
 
 def test_prepare_puts_the_workers_system_text_after_the_callers() -> None:
