@@ -1,9 +1,9 @@
 """The way of calls into a provider actor: one authenticated stream connection per client process and actor.
 
 Ray starts, names, finds and restarts the actors and hands out their address; the calls themselves do not go through
-it. A Ray actor call costs about 1.4 ms of CPU on both sides together and as much again for every piece of a stream,
-this connection less than a tenth of it (`benchmarks/link.py`). It also gives what a call between actors does not: a
-client that dies is noticed at once, because the kernel closes its connection, and a slow reader holds back the writer.
+it. A call costs less than a tenth of the CPU of a Ray actor call this way (`benchmarks/link.py`), and so does every
+piece of a stream. It also gives what a call between actors does not: a client that dies is noticed at once, because
+the kernel closes its connection, and a slow reader holds back the writer.
 
 A frame is a length (4 bytes, big-endian) and a pickle. Pickles can run code, so before the first frame both sides
 prove with an HMAC that they hold the actor's token, which is made afresh by every actor and travels through Ray only;

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,7 +42,9 @@ class ProviderActor:
         self._specs = specs
         self._shard = shard
         self._limits = limits
-        self._reconstructed = ray.get_runtime_context().was_current_actor_reconstructed
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Ray calls a deprecated part of itself here
+            self._reconstructed = ray.get_runtime_context().was_current_actor_reconstructed
         self._starting = asyncio.Lock()
         self._runtimes: dict[str, WorkerRuntime] = {}
         self._endpoint: Endpoint | None = None
