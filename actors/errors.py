@@ -4,6 +4,7 @@
     ├── ConfigError                       500   configuration or checkpoint does not fit; says where
     │   ├── CheckpointError               500   a checkpoint that does not belong to this pool or backbone
     │   └── DataError                     500   tasks or outcomes that cannot be used; names file, row or worker
+    │       └── GradingError              500   an answer that cannot be graded, which says nothing about its score
     ├── RequestError                      400   the caller's request is wrong; `param` names the field
     │   ├── AuthenticationError           401
     │   ├── PermissionDeniedError         403
@@ -92,6 +93,10 @@ class CheckpointError(ConfigError):
 
 class DataError(ConfigError):
     code = "invalid_data"
+
+
+class GradingError(DataError):
+    code = "grading_failed"
 
 
 class RequestError(FuguError):
