@@ -111,11 +111,14 @@ def ask(
 @pool.command(epilog="Examples:  [bold]fugu pool check[/]   ·   [bold]fugu pool check -c configs/frontier.yaml[/]")
 def check(config: ConfigOption = EMBEDDED) -> None:
     """Call each worker once: does it answer, how fast, with which limits and price. Exit code 1 if one failed."""
-    from serve import checks, lifetime
+    from serve import lifetime
 
     settings = _load(config)
     try:
         with lifetime.pool_of(settings, console=err) as workers:
+            # After the settings that Ray reads when it is imported were made.
+            from serve import checks
+
             failed = asyncio.run(checks.check_all(settings, workers, console=out))
     except FuguError as error:
         _fail(error)

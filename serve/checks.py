@@ -16,11 +16,13 @@ READY_SECONDS = 300.0
 
 
 async def check_all(config: FuguConfig, pool: WorkerPool, *, console: Console) -> int:
-    """Check every worker at the same time and print a table; returns how many are not in use or failed."""
+    """Check every worker in use at the same time and print a table of all; returns how many failed."""
     await pool.ready(READY_SECONDS)
     results = await asyncio.gather(*(pool.check(spec.name) for spec in config.active))
     by_name = {result.name: result for result in results}
-    table = Table("worker", "model", "result", "latency", "limits", "USD per million", title_justify="left")
+    table = Table()
+    for heading in ("worker", "model", "result", "latency", "limits", "USD per million"):
+        table.add_column(heading, overflow="fold")
     failed = 0
     for spec in config.workers:
         ok, result, latency = _told(by_name.get(spec.name), config.disabled.get(spec.name, ""))
@@ -32,7 +34,7 @@ async def check_all(config: FuguConfig, pool: WorkerPool, *, console: Console) -
 
 def _told(result: CheckResult | None, disabled: str) -> tuple[bool, str, str]:
     if result is None:
-        return False, f"[yellow]not in use:[/] {escape(disabled)}", ""
+        return True, f"[yellow]not in use:[/] {escape(disabled)}", ""
     if result.error is not None:
         return False, f"[red]{escape(result.error.message)}[/]", f"{result.seconds:.2f} s"
     return True, "[green]ok[/]", f"{result.seconds:.2f} s"
