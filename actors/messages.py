@@ -103,6 +103,8 @@ class ChatRequest:
 
     `extra` holds fields of the caller that we do not know; an adapter passes on what its provider accepts and names
     the rest in `ChatReply.dropped`. `sample_index` tells apart repeated samples of one request in the response cache.
+    `max_attempts` bounds the upstream calls made for it (below the worker's own `retry.attempts`), for callers that
+    count what they spend.
     """
 
     messages: tuple[Message, ...]
@@ -118,14 +120,18 @@ class ChatRequest:
     reasoning_effort: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     sample_index: int = 0
+    max_attempts: int | None = None
 
     def with_(self, **changes: Any) -> ChatRequest:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over every field, the sample index included: equal requests, equal text, on any machine."""
-        encoded = orjson.dumps(asdict(self), option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
+        """SHA-256 (hex) over every field that can change the answer, the sample index included: equal requests, equal
+        text, on any machine."""
+        fields = asdict(self)
+        del fields["max_attempts"]
+        encoded = orjson.dumps(fields, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
         return hashlib.sha256(encoded).hexdigest()
 
 

@@ -124,6 +124,8 @@ class PoolWorker:
         try:
             return await (await self._link()).complete(self.name, request)
         except LinkLostError:
+            if request.max_attempts == 1:
+                raise WorkerUnavailableError("its actor died during the call", worker=self.name) from None
             self._say_again()
         try:
             return await (await self._link()).complete(self.name, request)

@@ -274,7 +274,8 @@ class _Call:
         return max(jittered, getattr(error, "retry_after", None) or 0.0)
 
     def _no_more(self, state: RetryCallState) -> bool:
-        if state.attempt_number >= self._spec.retry.attempts:
+        attempts = self._spec.retry.attempts
+        if state.attempt_number >= min(attempts, self.request.max_attempts or attempts):
             return True
         return asyncio.get_running_loop().time() + state.upcoming_sleep >= self._until
 

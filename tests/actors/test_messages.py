@@ -51,7 +51,11 @@ def test_every_field_is_in_the_fingerprint(changes: dict[str, Any]) -> None:
 
 
 def test_every_field_was_tried() -> None:
-    assert {name for changes in CHANGES for name in changes} == set(ChatRequest.__dataclass_fields__)
+    assert {name for changes in CHANGES for name in changes} == set(ChatRequest.__dataclass_fields__) - {"max_attempts"}
+
+
+def test_how_often_a_call_may_be_tried_does_not_change_its_answer() -> None:
+    assert REQUEST.with_(max_attempts=1).fingerprint() == REQUEST.fingerprint()
 
 
 def test_the_same_request_has_the_same_fingerprint_in_another_process() -> None:

@@ -137,6 +137,16 @@ async def test_a_passing_failure_is_retried_with_growing_jittered_waits() -> Non
 
 
 @virtual
+async def test_a_caller_who_counts_calls_can_forbid_retries() -> None:
+    adapter = Scripted(*[Step(thinking=0, error=WorkerUnavailableError("503"))] * 9)
+    worker = runtime(adapter, retry={"attempts": 5, "min_wait": 1, "max_wait": 6}, breaker={"failures": 9})
+    for most, made in ((1, 1), (2, 3), (9, 8)):
+        with pytest.raises(WorkerUnavailableError):
+            await worker.complete(REQUEST.with_(max_attempts=most))
+        assert len(adapter.calls) == made
+
+
+@virtual
 async def test_a_retry_never_comes_before_retry_after_and_holds_everyone() -> None:
     limited = RateLimitedError("slow down", retry_after=7)
     adapter = Scripted(Step(thinking=0, error=limited), Step(thinking=0))
