@@ -16,7 +16,6 @@ import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import ray
 from ray.actor import ActorHandle
@@ -125,7 +124,7 @@ class PoolWorker:
             return await (await self._link()).complete(self.name, request)
         except LinkLostError:
             if request.max_attempts == 1:
-                raise WorkerUnavailableError("its actor died during the call", worker=self.name) from None
+                raise self._died() from None
             self._say_again()
         try:
             return await (await self._link()).complete(self.name, request)
@@ -146,6 +145,8 @@ class PoolWorker:
                     raise StreamBrokenError("its actor died in the middle of the answer", worker=self.name) from None
                 if not again:
                     raise self._died_twice() from None
+                if request.max_attempts == 1:
+                    raise self._died() from None
                 again = False
                 self._say_again()
 
@@ -158,6 +159,9 @@ class PoolWorker:
     def _say_again(self) -> None:
         # Ray restarts an actor that died; a call that nothing was heard of is made once more, and not oftener.
         logger.warning("worker %s: its actor died during a call; trying once more", self.name)
+
+    def _died(self) -> WorkerUnavailableError:
+        return WorkerUnavailableError("its actor died during the call", worker=self.name)
 
     def _died_twice(self) -> WorkerUnavailableError:
         return WorkerUnavailableError("its actor died twice during the call", worker=self.name)
@@ -173,7 +177,8 @@ class Shard:
         self._limits = limits
         self.name = actor_name(group, shard, limits)
         self._actor: ActorHandle[Any] | None = None
-        self._connections: WeakKeyDictionary[asyncio.AbstractEventLoop, _Connection] = WeakKeyDictionary()
+        self._connections: dict[asyncio.AbstractEventLoop, _Connection] = {}
+        self._last_failure = ""
 
     def find_or_start(self) -> ActorHandle[Any]:
         """The actor of this name, started if there is none. Ray makes sure that there is never a second."""
@@ -211,6 +216,8 @@ class Shard:
             ConfigError: the actor cannot start as configured.
             WorkerUnavailableError: it was not up within `timeout` seconds.
         """
+        for loop in [loop for loop in self._connections if loop.is_closed()]:
+            del self._connections[loop]
         connection = self._connections.setdefault(asyncio.get_running_loop(), _Connection())
         try:
             async with asyncio.timeout(timeout), connection.lock:
@@ -219,7 +226,9 @@ class Shard:
                 return connection.link
         except TimeoutError:
             names = ", ".join(spec.name for spec in self._group)
-            raise WorkerUnavailableError(f"the actor of {names} was not ready within {timeout:g} s") from None
+            raise WorkerUnavailableError(
+                f"the actor of {names} was not ready within {timeout:g} s{self._last_failure}"
+            ) from None
 
     async def _connect(self) -> Link:
         wait = 0.05
@@ -230,7 +239,8 @@ class Shard:
                 if isinstance(endpoint, FuguError):
                     raise endpoint
                 return await Link.connect(endpoint)
-            except RayActorError:
+            except RayActorError as error:
+                self._last_failure = f" ({type(error).__name__}; the logs of Ray say more)"
                 # Being restarted, or gone for good, for example with a shutdown by another process.
                 actor = await asyncio.to_thread(self.find_or_start)
             except (OSError, TimeoutError) as error:
@@ -264,7 +274,7 @@ class Shard:
         logger.warning("actor %s was told to end and has not yet", self.name)
 
 
-@dataclass(slots=True, weakref_slot=True)
+@dataclass(slots=True)
 class _Connection:
     """One event loop's way to an actor. The lock makes sure that only one is made."""
 

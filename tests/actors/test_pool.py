@@ -127,6 +127,20 @@ async def test_a_plain_call_survives_the_death_of_its_actor(ray_session: None, u
         assert pid_of(pool) != before
 
 
+async def test_a_call_that_may_be_made_once_is_not_made_again(ray_session: None, upstream: LoopbackProvider) -> None:
+    async with pool_of(configured(upstream)) as pool:
+        upstream.default = Behaviour(never=True)
+        once = REQUEST.with_(max_attempts=1)
+        call = asyncio.create_task(pool.workers["w"].complete(once))
+        reading = asyncio.ensure_future(anext(pool.workers["w"].stream(once)))
+        await until(lambda: upstream.total == 2)
+        kill_actor(pool)
+        for task in (call, reading):
+            with pytest.raises(WorkerUnavailableError, match="died during"):
+                await asyncio.wait_for(task, 10)
+        assert upstream.total == 2
+
+
 async def test_an_actor_that_dies_every_time_is_given_up(ray_session: None, upstream: LoopbackProvider) -> None:
     async with pool_of(configured(upstream)) as pool:
         upstream.default = Behaviour(never=True)
@@ -310,6 +324,8 @@ async def test_a_pool_works_from_several_event_loops(ray_session: None, upstream
         reply = await asyncio.to_thread(asyncio.run, pool.workers["w"].complete(REQUEST))
         assert reply.text
         await pool.workers["w"].complete(REQUEST)
+        await asyncio.to_thread(asyncio.run, pool.workers["w"].complete(REQUEST))
+        assert len(pool._shards["w"][0]._connections) == 2  # that of the first closed loop is gone
 
 
 def test_local_workers_on_one_model_share_an_actor() -> None:
