@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from actors.adapters.grouped_attention import use_grouped_attention
 from actors.errors import ConfigError
 
 MAX_THREADS = 16
@@ -50,6 +51,7 @@ def load_model(
         raise ConfigError(f"cannot load a model from {folder}: {_first_line(error)}") from error
     if not tokenizer.chat_template:
         raise ConfigError(f"the model in {folder} has no chat template: it is no chat model")
+    use_grouped_attention(model)
     model, names = _with_adapters(model.to(device), adapters)
     model.eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, names)
@@ -62,9 +64,11 @@ def _cpus() -> int:
 
 
 def _fastest_dtype(device: str) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it; a CPU that only emulates it is faster in float32."""
     if device != "cpu":
         return torch.bfloat16
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    can = torch.cpu.get_capabilities()
+    return torch.bfloat16 if can.get("avx512_bf16") or can.get("amx_bf16") else torch.float32
 
 
 def _with_adapters(model: Any, adapters: Mapping[str, Path]) -> tuple[Any, dict[str, str]]:
