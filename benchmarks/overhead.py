@@ -209,14 +209,18 @@ def main() -> None:
             add(f"ours, routing {'on' if on else 'off'}", command, port, "/readyz", {})
 
         with Progress(console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("measuring", total=(rounds + 1) * len(systems) * len(CONCURRENCY))
-            for turn in range(rounds + 1):
+            task = progress.add_task("warming up", total=len(systems) * (2 + rounds * len(CONCURRENCY)))
+            for system in systems:
+                # Some proxies import, connect and cache on their first requests, for seconds.
+                for concurrency in (1, 64):
+                    measure(system, concurrency, 4.0)
+                    progress.advance(task)
+            progress.update(task, description="measuring")
+            for _ in range(rounds):
                 for concurrency in CONCURRENCY:
                     for system in systems:
-                        # Round 0 warms connections and caches and does not count.
-                        measured = measure(system, concurrency, seconds if turn else 0.5)
-                        if turn:
-                            samples.setdefault((system.name, concurrency), []).append(measured)
+                        measured = measure(system, concurrency, seconds)
+                        samples.setdefault((system.name, concurrency), []).append(measured)
                         progress.advance(task)
         report(systems, samples)
 
