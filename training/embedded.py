@@ -176,6 +176,9 @@ def run(options: argparse.Namespace) -> None:
     logits = result.logits(hidden["test"])
     routed = reached(logits, scores["test"]).double().numpy()
     table = compare(scores["test"].double().numpy(), names, routed, options.seed)
+    # The best single worker is chosen where the head was trained; the gain over it is paired by task.
+    best = int(scores["train"].mean(0).argmax())
+    gain = bootstrap(routed - scores["test"][:, best].double().numpy(), np.random.default_rng(options.seed))
     shares = torch.bincount(logits.argmax(-1), minlength=len(names)) / len(logits)
     trained: dict[str, Any] = {
         "method": "sft",
@@ -189,6 +192,7 @@ def run(options: argparse.Namespace) -> None:
         "max_tokens": options.max_tokens,
         "tasks": {split: len(hidden[split]) for split in hidden},
         "test": {name: [estimate.mean, estimate.low, estimate.high] for name, estimate in table.items()},
+        "gain": {"over": names[best], "points": [gain.mean, gain.low, gain.high]},
         "routing_share": dict(zip(names, shares.tolist(), strict=True)),
     }
     info = CheckpointInfo(tuple(names), files.id, files.revision, trained=trained)
@@ -218,6 +222,9 @@ def report(
     print("| | mean | 95% interval |\n|---|---|---|")
     for name, estimate in table.items():
         print(f"| {name} | {estimate.mean:.3f} | {estimate.low:.3f}–{estimate.high:.3f} |")
+    mean, low, high = trained["gain"]["points"]
+    over = trained["gain"]["over"]
+    print(f"\nRouter less {over} (best single on train), paired by task: {mean:+.3f} ({low:+.3f} to {high:+.3f})")
     chosen = logits.argmax(-1).tolist()
     scores = test.scores(names)
     print(f"\n| family | tasks | {' | '.join(names)} | router | {' | '.join(f'to {name}' for name in names)} |")
