@@ -47,7 +47,7 @@ class ToldToEnd(BaseException):
     """The one who asked no longer wants it, or is gone."""
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """This way of shutting in is not possible here."""
 
 
@@ -62,7 +62,7 @@ def main() -> None:
         return
     try:
         report = supervise(spec)
-    except (Refused, OSError) as error:
+    except (RefusedError, OSError) as error:
         report = {"end": "refused", "status": 0, "reason": str(error)}
     os.write(report_fd, json.dumps(report).encode())
 
@@ -88,7 +88,7 @@ def supervise(spec: dict[str, Any]) -> dict[str, Any]:
     if end != "exited":
         return {"end": end, "status": -signal.SIGKILL}
     if said.startswith(b"refused"):
-        raise Refused(said.decode(errors="replace")[8:])
+        raise RefusedError(said.decode(errors="replace")[8:])
     if len(said) != 4:
         return {"end": "exited", "status": -signal.SIGKILL}
     status = os.waitstatus_to_exitcode(struct.unpack("i", said)[0])
@@ -188,11 +188,9 @@ def write_files(spec: dict[str, Any], room: str) -> None:
 def leave_namespaces() -> None:
     """New network (without any interface up), process, user and message-queue namespaces for what is forked next."""
     own = NEWNET | NEWPID | NEWIPC | NEWUTS
-    if os.getuid() == 0:
-        try:
-            return check(LIBC.unshare(own), "unshare")
-        except Refused:
-            pass
+    # Root without this right (in a container) may still be allowed a user namespace.
+    if os.getuid() == 0 and LIBC.unshare(own) == 0:
+        return
     uid, gid = os.getuid(), os.getgid()
     check(LIBC.unshare(own | NEWUSER), "unshare")
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
@@ -267,7 +265,7 @@ def landlock(readable: list[str], writable: list[str]) -> None:
     """Only these paths can be read, only these written, and no process outside can be signalled. Needs no right."""
     version = LIBC.syscall(LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1)
     if version < 1:
-        raise Refused("the kernel has neither namespaces for this user nor Landlock")
+        raise RefusedError("the kernel has neither namespaces for this user nor Landlock")
     known = (1 << (13 + (version >= 2) + (version >= 3) + (version >= 5))) - 1
     attributes = _RulesetAttributes(known, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
     size = 8 if version < 4 else 16 if version < 6 else 24
@@ -313,7 +311,7 @@ def drop_rights(uid: int | None, *, keep_reading: bool) -> None:
 def forbid_calls() -> None:
     """A seccomp filter: the calls of FORBIDDEN fail with EPERM, another ABI than the machine's own is fatal."""
     if platform.machine() not in FORBIDDEN:
-        raise Refused(f"there is no system call filter for {platform.machine()}")
+        raise RefusedError(f"there is no system call filter for {platform.machine()}")
     abi, calls = FORBIDDEN[platform.machine()]
     load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
     kill, deny, allow = 0x80000000, 0x00050001, 0x7FFF0000
@@ -323,8 +321,8 @@ def forbid_calls() -> None:
         program += [(equal, 0, 1, call), (answer, 0, 0, deny)]
     program.append((answer, 0, 0, allow))
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
-    filter_ = struct.pack("HxxxxxxP", len(program), ctypes.addressof(code))
-    prctl(PR_SET_SECCOMP, 2, ctypes.cast(filter_, ctypes.c_void_p))
+    filter_ = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)))
+    prctl(PR_SET_SECCOMP, 2, ctypes.addressof(filter_))
 
 
 # Watching and ending
@@ -377,13 +375,13 @@ def end_all() -> None:
         time.sleep(0.002)
 
 
-def prctl(option: int, value: Any, argument: Any = 0) -> None:
-    check(LIBC.prctl(option, ctypes.c_ulong(value) if isinstance(value, int) else value, argument, 0, 0), "prctl")
+def prctl(option: int, value: int, argument: int = 0) -> None:
+    check(LIBC.prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(argument), 0, 0), "prctl")
 
 
 def check(result: int, what: str) -> None:
     if result < 0:
-        raise Refused(f"{what}: {os.strerror(ctypes.get_errno())}")
+        raise RefusedError(f"{what}: {os.strerror(ctypes.get_errno())}")
 
 
 if __name__ == "__main__":

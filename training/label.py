@@ -1,55 +1,135 @@
 """Labelling: every worker tries every task several times; what comes back is graded and kept as it comes.
 
-The journal `label.jsonl` in the outcomes folder has one line per finished sample. A run that was stopped goes on after
-the last whole line and asks for nothing twice; when all is there the folder's parquet files are written.
+`label.jsonl` in the outcomes folder (`training.journal`) holds each answer the moment it is there. A run that was
+stopped goes on where it was and asks for nothing twice; when it ends, in whatever way, the folder's parquet files are
+written from it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import hashlib
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
 
-from actors.errors import DataError, RequestError, WorkerError
-from actors.messages import ChatReply, ChatRequest, Message
-from training.grading import grade
-from training.outcomes import Outcome, Outcomes, Task, write_outcomes
+from actors.config import FuguConfig, load_config
+from actors.errors import ConfigError, DataError
+from training.journal import JOURNAL, Journal, Sample, fold, known_outcomes, opened
+from training.label_report import LabelReport, WorkerReport, shown
+from training.labelling import Answers, Call, Done, Labelling, Lane, answer
+from training.outcomes import Outcomes, Task
+from training.plan import Plan, worker_digest
+from training.spending import Budget
+from training.tasks import TaskSource, load_tasks
 
-JOURNAL = "label.jsonl"
-# A worker that fails this often in a row will not get better by being asked more.
-FAILURES_IN_A_ROW = 5
+__all__ = ["JOURNAL", "LabelReport", "LabelRun", "Sample", "WorkerReport", "label", "run"]
 
-
-class Answers(Protocol):
-    """The part of `actors.messages.Worker` that labelling needs."""
-
-    @property
-    def name(self) -> str: ...
-
-    async def complete(self, request: ChatRequest) -> ChatReply: ...
+# Calls that one Ray task makes at the same time.
+BATCH = 16
+# Seconds without any success after which a worker that worked before ends the run.
+PATIENCE = 300.0
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One graded answer. `task_digest` ties it to the task's text, so that a changed task is not mixed with it."""
+@dataclass(frozen=True)
+class LabelRun:
+    """What to label, with whom, into which folder, and at what cost.
 
-    task_id: str
-    worker: str
-    sample: int
-    score: float
-    response: str
-    input_tokens: int
-    output_tokens: int
-    cost_usd: float | None
-    latency_s: float
-    task_digest: str
+    `out` is the outcomes folder. `sources` are texts as `training.tasks.load_tasks` reads them; none takes the tasks
+    that the folder holds. `workers` are names of the configuration (none: all in use). `split` keeps only the tasks of
+    this split. `budget_usd` and `max_requests` bound what all runs of this folder's journal spend together, judges
+    included: what is in flight, or was when a run was killed, counts with the most it can cost. `address` is the Ray
+    to join (None: start one).
+    """
+
+    config: Path
+    out: Path
+    sources: tuple[str, ...] = ()
+    source: TaskSource = field(default_factory=TaskSource)
+    workers: tuple[str, ...] = ()
+    split: str | None = None
+    samples: int = 1
+    seed: int = 0
+    max_tokens: int | None = None
+    temperature: float | None = None
+    budget_usd: float | None = None
+    max_requests: int | None = None
+    address: str | None = None
+    progress: bool = True
+
+
+def run(settings: LabelRun) -> LabelReport:
+    """Label with the workers of a configuration, through their provider actors, as Ray tasks.
+
+    Everything that can be known to be wrong is found before the first call. Ctrl-C and SIGTERM lose at most the calls
+    in flight: the folder is written, then KeyboardInterrupt is raised.
+
+    Raises:
+        ConfigError: the configuration, a worker's name, or a budget that cannot be kept.
+        DataError: tasks that cannot be used, a journal of other tasks or workers, a worker that does not work, or
+            graders that do not; what came in is kept and written.
+    """
+    config = chosen(load_config(settings.config), settings.workers)
+    names = [spec.name for spec in config.active]
+    known = known_outcomes(settings.out)
+    tasks = tasks_of(settings, known)
+    judges = frozenset(task.grader.partition(":")[2] for task in tasks if task.grader.startswith("judge:"))
+    everyone = chosen(load_config(settings.config), (*names, *sorted(judges - set(names))))
+    specs = {spec.name: spec for spec in everyone.active}
+    plan = Plan(tasks, names, settings.samples, settings.seed, settings.max_tokens, settings.temperature, specs)
+    plan.check(known)
+    budget = Budget(settings.budget_usd, settings.max_requests)
+    lanes = {
+        name: Lane(
+            name,
+            concurrency=specs[name].limits.concurrency,
+            batch=max(1, min(BATCH, specs[name].limits.concurrency // 2)),
+            tries=specs[name].retry.attempts,
+            patience=PATIENCE,
+        )
+        for name in names
+    }
+    with opened(settings.out) as journal:
+        plan.fill(lanes, journal, budget)
+        if not any(lane.queue for lane in lanes.values()):
+            return finish(settings.out, plan, lanes, journal, known)
+        for name in names:
+            journal.worker(name, worker_digest(specs[name], plan))
+        total = len(tasks) * settings.samples
+        with connected(settings.address), shown(settings.progress, lanes, journal, total) as (on_sample, on_change):
+            from training.label_tasks import submitter
+
+            labelling = Labelling(lanes, journal, budget, submitter(everyone), on_sample, on_change)
+            try:
+                asyncio.run(_until_done(everyone, labelling))
+            finally:
+                with _uninterrupted():
+                    report = finish(settings.out, plan, lanes, journal, known, labelling.stopped, labelling.errors)
+    return report
+
+
+async def _until_done(config: FuguConfig, labelling: Labelling) -> None:
+    from actors.pool import WorkerPool
+    from training.label_tasks import provider_actors
+
+    this = asyncio.current_task()
+    assert this is not None
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, this.cancel)
+    shared = bool(provider_actors())
+    pool = WorkerPool.connect(config)
+    try:
+        await pool.ready()
+        await labelling.run()
+    except asyncio.CancelledError:
+        # Of Ctrl-C asyncio makes a KeyboardInterrupt by itself, of SIGTERM nothing.
+        raise KeyboardInterrupt from None
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+        if not shared:
+            # Nobody had provider actors here before; they would stay for ever.
+            pool.shutdown()
 
 
 async def label(
@@ -63,150 +143,142 @@ async def label(
     max_tokens: int | None = None,
     on_sample: Callable[[Sample], None] = lambda _sample: None,
 ) -> Outcomes:
-    """Ask for what the journal lacks, at most `concurrency` calls at once, then write and return the outcomes.
+    """Label in this process, without Ray: ask for what the journal lacks, at most `concurrency` calls of a worker at
+    once, then write and return the outcomes.
 
     Answers are cut at `max_tokens`; None leaves each worker its own limit. Each call has its own seed and
-    `sample_index`, so repeated samples differ and a repeated run does not. A call that
-    fails is left out (and asked again by the next run); a pair of task and worker without any sample has no outcome.
+    `sample_index`, so repeated samples differ and a repeated run does not. A call that fails is left out (and asked
+    again by the next run); a pair of task and worker without any sample has no outcome.
 
     Raises:
-        DataError: no workers, tasks or samples; a journal of other tasks; a grader that cannot run; a worker that
+        DataError: no workers, tasks or samples; tasks that cannot be graded; a journal of other tasks; a worker that
             failed five times in a row, with its last reason; another labelling of the same folder at this moment.
     """
-    if not workers or not tasks or samples < 1:
-        raise DataError("labelling needs at least one worker, one task and one sample")
-    with _journal(folder / JOURNAL) as (journal, done):
-        digests = {task.task_id: task_digest(task) for task in tasks}
-        for old in done:
-            if digests.get(old.task_id, old.task_digest) != old.task_digest:
-                raise DataError(
-                    f"{folder / JOURNAL}: task {old.task_id} was labelled with another text; use a new folder"
-                )
-            on_sample(old)
-        have = {(old.task_id, old.worker, old.sample) for old in done}
-        failures = {worker.name: 0 for worker in workers}
-        # Sample by sample over all tasks and workers, so that a run that is stopped has covered everything alike.
-        wanted = iter(
-            [
-                (task, worker, index)
-                for index in range(samples)
-                for task in tasks
-                for worker in workers
-                if (task.task_id, worker.name, index) not in have
-            ]
-        )
+    by_name = {worker.name: worker for worker in workers}
 
-        async def ask(task: Task, worker: Answers, index: int) -> None:
-            request = ChatRequest(
-                messages=(Message("user", task.prompt),),
-                max_tokens=max_tokens,
-                seed=_seed(seed, task.task_id, worker.name, index),
-                sample_index=index,
-            )
-            try:
-                reply = await worker.complete(request)
-            except (WorkerError, RequestError) as error:
-                failures[worker.name] += 1
-                if failures[worker.name] >= FAILURES_IN_A_ROW:
-                    raise DataError(
-                        f"worker {worker.name} failed {FAILURES_IN_A_ROW} times in a row: {error.message}"
-                    ) from error
-                return
-            failures[worker.name] = 0
-            sample = Sample(
-                task_id=task.task_id,
-                worker=worker.name,
-                sample=index,
-                score=grade(task, reply.text),
-                response=reply.text,
-                input_tokens=reply.usage.input_tokens,
-                output_tokens=reply.usage.output_tokens,
-                cost_usd=reply.cost_usd,
-                latency_s=reply.timing.total_s,
-                task_digest=digests[task.task_id],
-            )
-            journal.write(json.dumps(asdict(sample)) + "\n")
-            journal.flush()
-            done.append(sample)
-            on_sample(sample)
-
-        async def worker_loop() -> None:
-            for task, worker, index in wanted:
-                await ask(task, worker, index)
-
+    async def submit(calls: Sequence[Call]) -> AsyncIterator[Done]:
+        running = [asyncio.ensure_future(answer(call, by_name[call.worker], by_name)) for call in calls]
         try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(concurrency):
-                    group.create_task(worker_loop())
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        found = collect(tasks, done)
-        write_outcomes(folder, found)
-        return found
+            for end in asyncio.as_completed(running):
+                yield await end
+        finally:
+            for task in running:
+                task.cancel()
+
+    known = known_outcomes(folder)
+    plan = Plan(tasks, list(by_name), samples, seed, max_tokens)
+    plan.check(known)
+    lanes = {name: Lane(name, concurrency) for name in by_name}
+    with opened(folder) as journal:
+        plan.fill(lanes, journal, budget := Budget())
+        for old in journal.samples.values():
+            on_sample(old)
+        try:
+            await Labelling(lanes, journal, budget, submit, on_sample).run()
+        finally:
+            found = fold(folder, tasks, journal.samples.values(), known)
+    return found
 
 
-def collect(tasks: Sequence[Task], done: Iterable[Sample]) -> Outcomes:
-    """Samples → one outcome per (task, worker), tasks and workers in order; samples of other tasks are left out."""
-    by_pair: dict[tuple[str, str], list[Sample]] = {}
-    order = {task.task_id: index for index, task in enumerate(tasks)}
-    for sample in done:
-        if sample.task_id in order:
-            by_pair.setdefault((sample.task_id, sample.worker), []).append(sample)
-    outcomes = []
-    for (task_id, worker), group in sorted(by_pair.items(), key=lambda item: (order[item[0][0]], item[0][1])):
-        group.sort(key=lambda sample: sample.sample)
-        costs = [sample.cost_usd for sample in group if sample.cost_usd is not None]
-        outcomes.append(
-            Outcome(
-                task_id=task_id,
-                worker=worker,
-                score=_mean([sample.score for sample in group]),
-                samples=tuple(sample.score for sample in group),
-                answers=tuple(sample.response for sample in group),
-                response=group[0].response,
-                input_tokens=_mean([sample.input_tokens for sample in group]),
-                output_tokens=_mean([sample.output_tokens for sample in group]),
-                cost_usd=_mean(costs) if len(costs) == len(group) else None,
-                latency_s=_mean([sample.latency_s for sample in group]),
-            )
-        )
-    return Outcomes(tuple(tasks), tuple(outcomes))
+def chosen(config: FuguConfig, names: Sequence[str]) -> FuguConfig:
+    """The configuration with these workers only, in its own order; no names: those in use.
+
+    Raises:
+        ConfigError: a name it does not have, or one that is not in use, with the reason.
+    """
+    if not names:
+        return config
+    have = {spec.name for spec in config.workers}
+    for name in names:
+        if name not in have:
+            raise ConfigError(f"the configuration has no worker {name}; there are {', '.join(sorted(have))}")
+        if name in config.disabled:
+            raise ConfigError(f"worker {name} is not in use: {config.disabled[name]}")
+    return config.model_copy(update={"workers": tuple(spec for spec in config.workers if spec.name in names)})
 
 
-def task_digest(task: Task) -> str:
-    """16 hex digits over everything that decides what is asked and how it is graded."""
-    parts = [task.task_id, task.prompt, task.reference, task.grader, sorted(task.extra.items())]
-    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:16]
+def tasks_of(settings: LabelRun, known: Outcomes | None) -> list[Task]:
+    """The tasks to label.
+
+    Raises:
+        DataError: there are none, or they cannot be used.
+    """
+    if settings.sources:
+        tasks = load_tasks(settings.sources, settings.source)
+    elif known is not None:
+        tasks = list(known.tasks)
+    else:
+        raise DataError(f"{settings.out} holds no tasks; say which to label")
+    if settings.split is not None:
+        kept = [task for task in tasks if task.split == settings.split]
+        if not kept:
+            have = ", ".join(sorted({task.split for task in tasks}))
+            raise DataError(f"no task has the split {settings.split}; there are {have}")
+        tasks = kept
+    return tasks
+
+
+def finish(
+    folder: Path,
+    plan: Plan,
+    lanes: Mapping[str, Lane],
+    journal: Journal,
+    known: Outcomes | None,
+    stopped: str = "",
+    errors: Sequence[tuple[str, str, str]] = (),
+) -> LabelReport:
+    """Write the folder's files and say what was done."""
+    fold(folder, plan.tasks, journal.samples.values(), known)
+    ids = {task.task_id for task in plan.tasks}
+    rows = []
+    for name, lane in lanes.items():
+        mine = [
+            sample
+            for sample in journal.samples.values()
+            if sample.worker == name and sample.task_id in ids and sample.sample < plan.samples
+        ]
+        scores = [sample.score for sample in mine if sample.score is not None]
+        mean = sum(scores) / len(scores) if scores else None
+        ungraded = len(mine) - len(scores)
+        rows.append(WorkerReport(name, len(mine), lane.samples, lane.failed, ungraded, mean, lane.usd, lane.requests))
+    wanted = len(plan.tasks) * len(lanes) * plan.samples
+    return LabelReport(
+        folder, len(plan.tasks), wanted, tuple(rows), journal.usd, journal.requests, stopped, tuple(errors)
+    )
 
 
 @contextmanager
-def _journal(path: Path) -> Iterator[tuple[IO[str], list[Sample]]]:
-    """The journal open for appending, and what it holds. A last line that was cut off by a kill is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{path} is being written by another process") from error
-        file.seek(0)
-        text = file.read()
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            os.ftruncate(file.fileno(), len(whole.encode()))
-        done = []
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                done.append(Sample(**json.loads(line)))
-            except (json.JSONDecodeError, TypeError) as error:
-                raise DataError(f"{path}: line {number} is not a labelling record: {error}") from error
-        file.seek(0, os.SEEK_END)
-        yield file, done
+def connected(address: str | None) -> Iterator[None]:
+    """A Ray to work on: the one this process is connected to, the one at `address`, or one of our own that ends with
+    the context."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(address=address or "local", namespace="fugu", include_dashboard=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        with _uninterrupted():
+            ray.shutdown()
 
 
-def _seed(*parts: Any) -> int:
-    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until what must be finished is."""
+    heard: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            signal.signal(number, lambda number, _frame: heard.append(number))
+    except ValueError:  # not in the main thread, where no signal arrives
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if heard:
+        raise KeyboardInterrupt

@@ -111,13 +111,7 @@ def read_outcomes(folder: Path | str) -> Outcomes:
             0..1, or a score that is not its samples' mean. Names file, row (from 0), task and worker.
     """
     tasks_path, outcomes_path = Path(folder) / "tasks.parquet", Path(folder) / "outcomes.parquet"
-    tasks = []
-    for row, record in enumerate(_read(tasks_path, TASK_COLUMNS)):
-        named = {key: record.pop(key) for key in TASK_COLUMNS}
-        for key, value in named.items():
-            if not isinstance(value, str) or (not value and key in ("task_id", "prompt", "split", "grader")):
-                raise DataError(f"{tasks_path}: row {row}: {key} must be a text, not {value!r}")
-        tasks.append(Task(**named, extra=record))
+    tasks = read_tasks(folder)
     known = [column.name for column in fields(Outcome)]
     records = _read(outcomes_path, OUTCOME_COLUMNS)
     outcomes = []
@@ -129,9 +123,26 @@ def read_outcomes(folder: Path | str) -> Outcomes:
         values["samples"] = tuple(values["samples"])
         values["answers"] = tuple(values.get("answers", ()))
         outcomes.append(_checked(Outcome(**{"score": math.nan, "worker": "", **values}), where))
-    found = Outcomes(tuple(tasks), tuple(outcomes))
+    found = Outcomes(tasks, tuple(outcomes))
     _check_rows(found, str(tasks_path), str(outcomes_path))
     return found
+
+
+def read_tasks(folder: Path | str) -> tuple[Task, ...]:
+    """Only the tasks of a folder; `extra` lacks what is empty in the file.
+
+    Raises:
+        DataError: as `read_outcomes`.
+    """
+    path = Path(folder) / "tasks.parquet"
+    tasks = []
+    for row, record in enumerate(_read(path, TASK_COLUMNS)):
+        named = {key: record.pop(key) for key in TASK_COLUMNS}
+        for key, value in named.items():
+            if not isinstance(value, str) or (not value and key in ("task_id", "prompt", "split", "grader")):
+                raise DataError(f"{path}: row {row}: {key} must be a text, not {value!r}")
+        tasks.append(Task(**named, extra={key: value for key, value in record.items() if value is not None}))
+    return tuple(tasks)
 
 
 def write_outcomes(folder: Path | str, found: Outcomes) -> None:

@@ -9,10 +9,10 @@ What it is not: a defence against faults of the kernel, or against a program tha
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-import resource
 import secrets
 import selectors
 import shutil
@@ -20,7 +20,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -180,10 +179,8 @@ class Started:
         self.kill()
         for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             assert pipe is not None
-            try:
+            with contextlib.suppress(BrokenPipeError):  # input that nobody will read any more
                 pipe.close()
-            except BrokenPipeError:
-                pass  # input that nobody will read any more
         self._clean()
 
     def kill(self) -> None:
@@ -250,10 +247,8 @@ class Started:
                         left = left[:0]
                     if not left:
                         selector.unregister(number)
-                        try:
+                        with contextlib.suppress(BrokenPipeError):  # it ended without reading its input
                             process.stdin.close()
-                        except BrokenPipeError:
-                            pass  # it ended without reading its input
         return self._cut(parts), False
 
     def _cut(self, parts: Mapping[int, bytearray]) -> tuple[bytes, bytes]:

@@ -1,16 +1,36 @@
-"""Where tasks come from: reasoning-gym families and the user's own JSONL."""
+"""Where tasks come from: reasoning-gym's families, the small embedded families, the user's files, the hub."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from actors.errors import DataError
-from training.outcomes import TASK_COLUMNS, Task
+from training.outcomes import Task, read_tasks
+from training.splits import check_tasks, plain, split_of
+from training.task_files import Columns, hub_tasks, jsonl_tasks, parquet_tasks
 
-# Families that cannot be used as they come, each with its reason.
+__all__ = [
+    "EXCLUDED",
+    "Columns",
+    "TaskSource",
+    "check_tasks",
+    "hub_tasks",
+    "jsonl_tasks",
+    "load_tasks",
+    "parquet_tasks",
+    "reasoning_gym_tasks",
+    "usable_families",
+]
+
+Difficulty = Literal["easy", "medium", "hard"]
+
+# Families that cannot be used as they come, each with its reason. Found by making tasks of every family and grading
+# its own answers, see tests/training/test_tasks.py.
 EXCLUDED: Mapping[str, str] = {
     "composite": "has no tasks of its own: it mixes other families by a configuration",
 }
@@ -18,37 +38,126 @@ EXCLUDED: Mapping[str, str] = {
 # The package makes item i of a data set from seed + i: without a stride, neighbouring seeds would share their items.
 SEED_STRIDE = 1_000_000
 
+# The level of the package's curricula; easy is a family's own default.
+_LEVELS: Mapping[str, int] = {"medium": 1, "hard": 2}
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """How tasks are made or read where their source leaves it open: how many of each family, from which seed, how
+    hard; grader and split of a file's rows, and which of its columns stand for ours (see `task_files.Columns`)."""
+
+    count: int = 20
+    seed: int = 0
+    difficulty: Difficulty = "easy"
+    columns: Columns = field(default_factory=Columns)
+
+
+def load_tasks(sources: Sequence[str], settings: TaskSource | None = None) -> list[Task]:
+    """Tasks of all sources together, checked. A source is one of
+
+        reasoning-gym[:FAMILY,...]     all usable families, or these
+        embedded[:FAMILY,...]          the families for very small models (training.families)
+        PATH.jsonl | PATH.parquet      a file of the user's own
+        FOLDER                         the tasks of an outcomes folder
+        hub:NAME[:SUBSET][@PART]       a Hugging Face data set, or a folder with its files
+
+    Raises:
+        DataError: names the source, file, row or task.
+    """
+    settings = settings or TaskSource()
+    tasks: list[Task] = []
+    for source in sources:
+        tasks += _load(source, settings)
+    check_tasks(tasks)
+    return tasks
+
+
+def _load(source: str, settings: TaskSource) -> list[Task]:
+    kind, _, detail = source.partition(":")
+    families = [name.strip() for name in detail.split(",") if name.strip()]
+    if kind == "reasoning-gym":
+        return reasoning_gym_tasks(
+            families or usable_families(settings.difficulty),
+            count=settings.count,
+            seed=settings.seed,
+            difficulty=settings.difficulty,
+            split=settings.columns.split,
+        )
+    if kind == "embedded":
+        from training.families import FAMILIES, family_tasks
+
+        made = family_tasks(families or list(FAMILIES), count=settings.count, seed=settings.seed)
+        # Split by hash like all others, so that runs with other seeds do not mix train and test.
+        return [replace(task, split=settings.columns.split or split_of(task.prompt)) for task in made]
+    if kind == "hub":
+        name, _, part = detail.partition("@")
+        name, _, subset = name.partition(":")
+        if not name:
+            raise DataError(f"{source}: name a data set, for example hub:NAME@train")
+        return hub_tasks(name, part=part or "train", subset=subset or None, columns=settings.columns)
+    path = Path(source)
+    if path.suffix == ".jsonl":
+        return jsonl_tasks(path, columns=settings.columns)
+    if path.suffix == ".parquet":
+        return parquet_tasks(path, columns=settings.columns)
+    if path.is_dir():
+        return list(read_tasks(path))
+    raise DataError(
+        f"{source} is no source of tasks: give reasoning-gym[:family,...], embedded[:family,...], hub:name, a .jsonl "
+        "or .parquet file, or an outcomes folder"
+    )
+
+
+def usable_families(difficulty: Difficulty = "easy") -> list[str]:
+    """The reasoning-gym families that are not excluded and have this difficulty, by name.
+
+    Raises:
+        DataError: the package is not installed.
+    """
+    factory = _package().factory
+    return [
+        name
+        for name in sorted(factory.DATASETS)
+        if name not in EXCLUDED and (difficulty == "easy" or factory.has_curriculum(name))
+    ]
+
 
 def reasoning_gym_tasks(
     families: Sequence[str],
     *,
     count: int,
     seed: int,
-    split: str,
-    difficulty: str = "easy",
+    split: str | None = None,
+    difficulty: Difficulty = "easy",
     config: Mapping[str, Any] | None = None,
 ) -> list[Task]:
-    """`count` (below a million) tasks of each family. Equal arguments give equal tasks, other seeds other
-    ones. `config` goes to each family's generator.
+    """`count` (below a million) tasks of each family, fewer where a family has not as many different ones. Equal
+    arguments give equal tasks, other seeds other ones. `split` None splits by the hash of the prompt. `config` goes to
+    each family's generator, over what its difficulty sets.
 
     Raises:
-        DataError: an unknown or excluded family, or one that cannot be made with this configuration.
+        DataError: an unknown or excluded family, one without this difficulty, or one that cannot be made with this
+            configuration; or the package is not installed.
     """
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
-
+    package = _package()
     tasks = []
     for family in families:
         if family in EXCLUDED:
             raise DataError(f"the reasoning-gym family {family} is not used: it {EXCLUDED[family]}")
-        if family not in DATASETS:
+        if family not in package.factory.DATASETS:
             raise DataError(f"reasoning-gym has no family {family}")
+        settings = {**_difficulty(family, difficulty), **(config or {})}
         try:
-            dataset = reasoning_gym.create_dataset(family, size=count, seed=seed * SEED_STRIDE, **(config or {}))
+            dataset = package.create_dataset(family, size=count, seed=seed * SEED_STRIDE, **settings)
+            entries = [dataset[index] for index in range(count)]
         except (TypeError, ValueError, AssertionError) as error:
             raise DataError(f"reasoning-gym cannot make {family}: {error}") from error
-        for index in range(count):
-            entry = dataset[index]
+        seen: set[str] = set()
+        for index, entry in enumerate(entries):
+            if plain(entry["question"]) in seen:
+                continue
+            seen.add(plain(entry["question"]))
             tasks.append(
                 Task(
                     task_id=f"rg-{difficulty}-{family}-{seed}-{index:04d}",
@@ -56,7 +165,7 @@ def reasoning_gym_tasks(
                     reference="" if entry["answer"] is None else str(entry["answer"]),
                     domain=type(dataset).__module__.split(".")[1],
                     dataset=family,
-                    split=split,
+                    split=split or split_of(entry["question"]),
                     grader=f"reasoning_gym:{family}",
                     extra={"entry": json.dumps(entry, default=str), "difficulty": difficulty},
                 )
@@ -64,43 +173,27 @@ def reasoning_gym_tasks(
     return tasks
 
 
-def jsonl_tasks(path: Path | str, *, split: str = "train", grader: str = "phrase") -> list[Task]:
-    """Tasks from a JSONL file: `prompt` and `reference` are needed, the other columns of `tasks.parquet` optional;
-    further keys are kept in `extra`.
+def _difficulty(family: str, difficulty: Difficulty) -> dict[str, Any]:
+    if difficulty == "easy":
+        return {}
+    if difficulty not in _LEVELS:
+        raise DataError(f"difficulty {difficulty} is none of easy, {', '.join(_LEVELS)}")
+    from reasoning_gym.coaching.base_curriculum import DefaultCurriculumContext, RangeAttributeMode
+    from reasoning_gym.factory import create_curriculum, has_curriculum
 
-    Raises:
-        DataError: names the line that is not a JSON object or lacks a key, or that repeats a task_id.
-    """
-    path = Path(path)
+    if not has_curriculum(family):
+        raise DataError(f"the reasoning-gym family {family} has no difficulty but easy")
+    curriculum = create_curriculum(family)
+    curriculum.set_global_level(_LEVELS[difficulty])
+    # This level and the one below, not everything down to the easiest.
+    context = DefaultCurriculumContext(mode=RangeAttributeMode.LAST_K, k=2)
+    settings = dataclasses.asdict(curriculum.generate_configuration(context=context))
+    return {key: value for key, value in settings.items() if key not in ("seed", "size")}
+
+
+def _package() -> Any:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-    tasks: list[Task] = []
-    ids: set[str] = set()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}: line {number} is not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{path}: line {number} is not a JSON object")
-        defaults = {
-            "task_id": f"{path.stem}-{number:05d}",
-            "domain": path.stem,
-            "dataset": path.stem,
-            "split": split,
-            "grader": grader,
-        }
-        named = {key: record.pop(key, defaults.get(key)) for key in TASK_COLUMNS}
-        if wrong := [key for key, value in named.items() if not isinstance(value, str)]:
-            raise DataError(f"{path}: line {number}: {', '.join(wrong)} must be a text")
-        if named["task_id"] in ids:
-            raise DataError(f"{path}: line {number} repeats the task_id {named['task_id']}")
-        ids.add(named["task_id"])
-        tasks.append(Task(**named, extra=record))
-    if not tasks:
-        raise DataError(f"{path} holds no tasks")
-    return tasks
+        import reasoning_gym.factory
+    except ImportError as error:
+        raise DataError("reasoning-gym is not installed; install the extra `train`") from error
+    return reasoning_gym

@@ -60,7 +60,8 @@ async def test_a_run_that_was_killed_pays_for_nothing_twice(tmp_path: Path) -> N
     await label([Scripted("a")], TASKS, tmp_path / "cut", samples=2, concurrency=1)
     journal = tmp_path / "cut" / JOURNAL
     lines = journal.read_text().splitlines(keepends=True)
-    journal.write_text("".join(lines[:4]) + lines[4][:25])  # killed in the middle of the fifth line
+    assert len(lines) == 20  # asked and answered, ten times
+    journal.write_text("".join(lines[:9]) + lines[9][:25])  # killed while the fifth answer was written
     again = Scripted("a")
     found = await label([again], TASKS, tmp_path / "cut", samples=2, concurrency=1)
     assert again.asked == whole.asked[4:]
@@ -87,13 +88,19 @@ async def test_a_worker_that_always_fails_stops_the_run(tmp_path: Path) -> None:
         await label([dead, Scripted("well")], TASKS, tmp_path, samples=4, concurrency=2)
     assert len(dead.asked) <= 7
     # What the others did is kept.
-    assert all(json.loads(line)["worker"] == "well" for line in (tmp_path / JOURNAL).read_text().splitlines())
+    records = [json.loads(line) for line in (tmp_path / JOURNAL).read_text().splitlines()]
+    assert {record["worker"] for record in records if "score" in record} <= {"well"}
 
 
-async def test_a_grader_that_cannot_run_stops_the_run(tmp_path: Path) -> None:
-    bad = [Task("odd", "What is 1 + 1?", "2", "d", "s", "train", "magic")]
+async def test_tasks_that_cannot_be_graded_are_found_before_anything_is_asked(tmp_path: Path) -> None:
+    worker = Scripted("a")
+    bad = [*TASKS, Task("odd", "What is 8 + 1?", "9", "d", "s", "train", "magic")]
     with pytest.raises(DataError, match="task odd: unknown grader magic"):
-        await label([Scripted("a")], bad, tmp_path, samples=1, concurrency=1)
+        await label([worker], bad, tmp_path, samples=1, concurrency=1)
+    twice = [*TASKS, Task("again", "what is  3 + 1?", "4", "d", "s", "test", "number")]
+    with pytest.raises(DataError, match="t3 and again have the same prompt, but one is in train and one in test"):
+        await label([worker], twice, tmp_path, samples=1, concurrency=1)
+    assert worker.asked == []
 
 
 async def test_bad_journals_and_empty_calls(tmp_path: Path) -> None:

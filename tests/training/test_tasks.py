@@ -7,7 +7,7 @@ import pytest
 
 from actors.errors import DataError
 from training.grading import grade
-from training.tasks import jsonl_tasks, reasoning_gym_tasks
+from training.tasks import Columns, jsonl_tasks, reasoning_gym_tasks
 
 
 def test_reasoning_gym_families_are_repeatable_and_gradable() -> None:
@@ -38,7 +38,7 @@ def test_jsonl(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     lines = [{"prompt": "2+2?", "reference": "4", "grader": "number"}, {"prompt": "Hi", "reference": "x", "level": 3}]
     path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
-    first, second = jsonl_tasks(path, split="val")
+    first, second = jsonl_tasks(path, columns=Columns(split="val"))
     assert (first.task_id, first.grader, first.split, first.dataset) == ("mine-00001", "number", "val", "mine")
     assert (second.task_id, second.grader, dict(second.extra)) == ("mine-00002", "phrase", {"level": 3})
 
@@ -49,7 +49,10 @@ def test_jsonl(tmp_path: Path) -> None:
         ("{not json}", "line 1 is not JSON"),
         ("[1]", "line 1 is not a JSON object"),
         ('{"prompt": "x"}', "line 1: reference must be a text"),
-        ('{"prompt": "x", "reference": 4}', "line 1: reference must be a text"),
+        ('{"prompt": "x", "reference": [4]}', "line 1: reference must be a text"),
+        ('{"prompt": "x", "reference": true}', "line 1: reference must be a text"),
+        ('{"prompt": " ", "reference": "y"}', "line 1: prompt must be a text"),
+        ('{"prompt": "x", "reference": "y", "grader": ""}', "line 1: grader must be a text"),
         ('{"prompt":"x","reference":"y","task_id":"a"}\n' * 2, "line 2 repeats the task_id a"),
         ("\n", "holds no tasks"),
     ],
