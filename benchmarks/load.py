@@ -130,7 +130,7 @@ async def drive(url: str, model: str, concurrency: int, seconds: float, key: str
         clients.append(client)
     start = time.perf_counter()
     await asyncio.sleep(seconds)
-    while not latencies and time.perf_counter() - start < seconds + 30:
+    while not latencies and time.perf_counter() - start < seconds + 30:  # noqa: ASYNC110
         await asyncio.sleep(0.1)  # a slow system gets the time for its first answer
     elapsed = time.perf_counter() - start
     for client in clients:
