@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import signal
 import socket
 import threading
@@ -20,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -89,12 +87,12 @@ def _replicas(bounds: Replicas) -> dict[str, Any]:
 
 @dataclass
 class Server:
-    """A running application. `owns_ray`: Ray was started for it and ends with it; `folder` is HAProxy's."""
+    """A running application. `owns_ray`: Ray was started for it and ends with it; `stopped`: `stop` came to its end."""
 
     config: FuguConfig
     url: str
     owns_ray: bool
-    folder: Path | None = None
+    stopped: bool = False
     _pool: WorkerPool | None = None
 
     @classmethod
@@ -104,7 +102,6 @@ class Server:
         *,
         address: str | None = None,
         dashboard: bool = False,
-        folder: Path | None = None,
         progress: Callable[[str], None] = lambda _: None,
     ) -> Server:
         """Start Ray (or join the one at `address`), the provider actors and the application.
@@ -121,7 +118,7 @@ class Server:
         else:
             progress(f"joining Ray at {address}")
             _join_ray(address)
-        server = cls(config, _url(settings.host, settings.port), address is None, folder)
+        server = cls(config, _url(settings.host, settings.port), address is None)
         try:
             progress("starting the workers")
             server._pool = WorkerPool.connect(config, namespace=NAMESPACE)
@@ -177,8 +174,6 @@ class Server:
                 _quietly("stopping the workers", self._pool.shutdown)
             # Serve's controller, proxies and HAProxy end with the Ray they run in; in someone else's they stay.
             ray.shutdown()
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _get_ready(pool: WorkerPool) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 READY_SECONDS = 600.0
 STOP_SECONDS = 20.0
+# What ray.shutdown may take after the processes that it talks to have ended.
+LAST_SECONDS = 3.0
 # A signal sent to the process and to its group arrives twice; that is one wish.
 TWICE_SECONDS = 0.5
 
@@ -49,6 +52,10 @@ def run(
                 console.print("[dim]Ctrl-C stops it.[/]")
                 signals.wait()
                 errors.print("[dim]stopping: running requests may finish (Ctrl-C again to force)[/]")
+            if not server.stopped:
+                # Ray's own exit hook would wait for processes that are gone.
+                console.file.flush()
+                os._exit(0)
         except FuguError as error:
             errors.print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True)
             return 1
@@ -82,13 +89,16 @@ def running(
     with _ending_processes():
         try:
             with _progress(console) as tell:
-                server = Server.start(config, address=address, dashboard=dashboard, folder=folder, progress=tell)
+                server = Server.start(config, address=address, dashboard=dashboard, progress=tell)
                 server.wait_ready(timeout, tell)
             console.print(f"[dim]ready after {time.monotonic() - started:.0f} s[/]")
             yield server
         finally:
             if server is not None:
-                _bounded(server.stop, config.serve.drain + STOP_SECONDS)
+                lost = _ray_died if server.owns_ray else None
+                server.stopped = _bounded(server.stop, config.serve.drain + STOP_SECONDS, lost)
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -189,19 +199,32 @@ def _ending_processes() -> Iterator[None]:
 
 def _kill(processes: list[psutil.Process]) -> None:
     for process in processes:
-        try:
+        with suppress(psutil.NoSuchProcess):
             process.kill()
-        except psutil.NoSuchProcess:
-            continue
 
 
-def _bounded(action: Callable[[], None], seconds: float) -> None:
-    """Run it in a thread, so that a step that hangs cannot hang the end, and signals are still heard."""
+def _bounded(action: Callable[[], None], seconds: float, lost: Callable[[], bool] | None) -> bool:
+    """Run it in a thread, so that a step that hangs cannot hang the end, and signals are still heard. Where `lost`
+    says that there is nothing left to talk to, it gets a moment more. Returns whether it came to its end."""
     thread = threading.Thread(target=action, name="stop", daemon=True)
     thread.start()
     deadline = time.monotonic() + seconds
     while thread.is_alive() and time.monotonic() < deadline:
         thread.join(0.2)
+        if lost is not None and lost():
+            lost = None
+            deadline = min(deadline, time.monotonic() + LAST_SECONDS)
+    return not thread.is_alive()
+
+
+def _ray_died() -> bool:
+    """Whether our Ray lost one of its two vital processes: a supervisor may signal all of a service at once."""
+    vital = {"gcs_server", "raylet"}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                vital.discard(process.name())
+    return bool(vital)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -142,6 +143,17 @@ def test_a_second_signal_forces_the_end(tmp_path: Path) -> None:
         assert alive == []
 
 
+def test_a_supervisor_that_signals_every_process_at_once(tmp_path: Path) -> None:
+    config = {"workers": [{"name": "a", "provider": "openai", "model": "m", "base_url": "http://127.0.0.1:9/v1"}]}
+    with RunningServer(tmp_path, config) as server:
+        everything = [server.process, *server.tree()]
+        for process in everything:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=30) == 0
+        wait_until(lambda: not any(_runs(process) for process in everything), timeout=10)
+
+
 def test_ask_without_a_server_says_how_to_start_one() -> None:
     environ = {**os.environ, "FUGU_URL": "http://127.0.0.1:9"}
     command = [sys.executable, str(REPOSITORY / "fugu.py"), "ask", "hello"]
@@ -150,6 +162,13 @@ def test_ask_without_a_server_says_how_to_start_one() -> None:
     )
     assert result.returncode == 1
     assert "fugu serve" in result.stderr
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _answers(url: str) -> bool:
