@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -72,14 +73,18 @@ def running(
     address: str | None = None,
     dashboard: bool = False,
     timeout: float = READY_SECONDS,
+    made: list[Path] | None = None,
 ) -> Iterator[Server]:
-    """A server that is ready, stopped at the end whatever happens.
+    """A server that is ready, stopped at the end whatever happens. Folders it makes are added to `made`, for a caller
+    that may end without leaving this context.
 
     Raises:
         FuguError: it cannot start; says which part and why.
         KeyboardInterrupt: a signal came while it started.
     """
     folder = environment.prepare(config.serve)
+    if folder is not None and made is not None:
+        made.append(folder)
     from serve.app import Server
 
     if config.serve.ha_proxy and folder is None:
@@ -133,9 +138,11 @@ def first_key(config: FuguConfig) -> str | None:
 
 
 class _Signals:
-    """SIGINT and SIGTERM: the first asks for an orderly end, a later one kills every process started from here."""
+    """SIGINT and SIGTERM: the first asks for an orderly end, a later one kills every process started from here
+    and removes the folders in `made`."""
 
     def __init__(self) -> None:
+        self.made: list[Path] = []
         self._asked = threading.Event()
         self._first = 0.0
         self._waiting = False
@@ -162,6 +169,8 @@ class _Signals:
             return
         if self._asked.is_set():
             _kill(psutil.Process().children(recursive=True))
+            for folder in self.made:
+                shutil.rmtree(folder, ignore_errors=True)
             os._exit(128 + number)
         self._asked.set()
         self._first = now
