@@ -7,6 +7,9 @@ CONFIG ?= configs/embedded.yaml
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 
+# torch processes that share two cores must not spin while they wait for each other.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: help setup serve test lint test-fast test-vllm bench clean
 
 help:

@@ -58,6 +58,9 @@ def prepare(config: ServeConfig) -> Path | None:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",
     }
+    # Router and local engine share cores: threads that spin at a barrier while another process needs the core made
+    # small matrix products several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     binary = haproxy_binary() if config.ha_proxy else None
     if binary is None:
         os.environ |= {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
