@@ -40,6 +40,7 @@ _LABEL = re.compile(r"\banswer(?:\s+is)?\s*:\s*|\banswer\s+is\s+", re.IGNORECASE
 _NUMBER = re.compile(r"(?:(?<![\w)\]])-)?(?:\d+(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\w))?|(?<![\w.])-?\.\d+")
 _POWER = re.compile(r"(\d)\s*(?:×|x|\*|\\times|\\cdot)\s*10\s*(?:\^|\*\*)\s*\{?\s*([-+]?\d{1,3})\}?")
 _LETTER = re.compile(r"(?<![A-Za-z'’])([A-Za-z])(?![A-Za-z'’])")
+_FENCED = re.compile(r"^```[^\n`]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _ARTICLE = re.compile(r"^(?:the|an?)\s+")
 
 
@@ -217,8 +218,12 @@ def _reasoning_gym(task: Task, family: str, response: str) -> float:
     def ask(answer: str | None) -> float:
         return verifier().ask("reasoning_gym", VERIFY_SECONDS, family=family, answer=answer, entry=entry)
 
+    answer = final_answer(response)
+    if "\n" in task.reference.strip() and answer == _last_line(response):
+        # A grid has no label before its last line only: the last fenced block, or all of the text.
+        answer = (_FENCED.findall(response) or [response])[-1].strip("\n")
     try:
-        return ask(final_answer(response))
+        return ask(answer)
     except LateError:
         raise
     except GradingError:

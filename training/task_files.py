@@ -138,9 +138,7 @@ def _task(stem: str, place: str, number: int, row: dict[str, Any], columns: Colu
     values |= {key: given.pop(key) for key in TASK_COLUMNS if key in given}
     if isinstance(values["reference"], (int, float)) and not isinstance(values["reference"], bool):
         values["reference"] = repr(values["reference"])  # a number is written as one in many files
-    values.setdefault("prompt", None)
-    if isinstance(values["prompt"], str):
-        values.setdefault("split", columns.split or split_of(values["prompt"]))
+    values.setdefault("split", columns.split or split_of(str(values.get("prompt"))))
     empty_allowed = ("reference", "domain", "dataset")
     wrong = [
         key
