@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,35 +13,31 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTo
 from transformers.utils import logging
 
 from actors.errors import ConfigError
-from orchestrator.head import Position
+from orchestrator.head import FINAL, Position, Read
 from orchestrator.singular import apply_scales
 
 Device = Literal["auto", "cpu", "cuda"]
 
 
 class Backbone:
-    """A causal language model that is read at one token and one layer.
-
-    `position`: "penultimate" is index −2 of the prompt (TRINITY §3.1), "last" is −1, "mean" averages over all
-    tokens. `layer`: −1 is the final hidden state after the last norm; k ≥ 1 is the state after the first k
-    layers, and the others are neither kept nor run.
-    """
+    """A causal language model that is read at some tokens and layers (`orchestrator.head.Read`) in one forward pass.
+    Layers behind the last one that is read are neither kept nor run."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        position: Position = "penultimate",
-        layer: int = -1,
+        reads: Sequence[Read] = FINAL,
         context: int,
     ) -> None:
-        if layer != -1:
-            _keep_layers(model, layer)
+        self.reads = tuple(reads)
+        # What a layer gave in the pass that holds the lock.
+        self._seen: dict[int, Tensor] = {}
+        self._pass = threading.Lock()
+        _tap(model, {read.layer for read in self.reads}, self._seen)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.position: Position = position
-        self.layer = layer
         self.context = context
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
@@ -51,8 +48,7 @@ class Backbone:
         cls,
         folder: Path | str,
         *,
-        position: Position = "penultimate",
-        layer: int = -1,
+        reads: Sequence[Read] = FINAL,
         device: Device = "auto",
         dtype: torch.dtype | None = None,
         singular: Mapping[str, Tensor] | None = None,
@@ -61,7 +57,8 @@ class Backbone:
         offsets by matrix (`orchestrator.singular`). `dtype` defaults to `fitting_dtype(device)`.
 
         Raises:
-            ConfigError: the folder holds no model that can be loaded, or CUDA is asked for and absent.
+            ConfigError: the folder holds no model that can be loaded, it lacks a layer that is to be read, or CUDA is
+            asked for and absent.
             CheckpointError: the offsets do not fit the model.
         """
         target = pick_device(device)
@@ -83,16 +80,16 @@ class Backbone:
             apply_scales(model, singular)
         context = int(model.config.max_position_embeddings)
         model = model.to(device=target, dtype=dtype)
-        return cls(model, tokenizer, position=position, layer=layer, context=context)
+        return cls(model, tokenizer, reads=reads, context=context)
 
     @property
     def dimension(self) -> int:
-        """Size d of a hidden state."""
-        return int(self.model.config.hidden_size)
+        """Size d of what `hidden` gives: the model's hidden size times the number of reads."""
+        return int(self.model.config.hidden_size) * len(self.reads)
 
     @torch.inference_mode()
     def hidden(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Hidden states of token prompts in one forward pass: `[B, d]`, float32, on the CPU.
+        """Hidden states of token prompts in one forward pass: `[B, d]`, float32, on the CPU; the reads side by side.
 
         Prompts are padded on the right and masked, so that a row does not depend on the others beyond
         rounding.
@@ -113,14 +110,15 @@ class Backbone:
         mask = torch.arange(longest, device=self.device) < length[:, None]
         # Without padding there is nothing to mask, and the attention kernels are faster without one.
         padded = min(lengths) != longest
-        states: Tensor = self.model(
-            input_ids=tokens, attention_mask=mask.long() if padded else None, use_cache=False
-        ).last_hidden_state
-        if self.position == "mean":
-            weights = mask.to(torch.float32)[:, :, None]
-            return ((states.float() * weights).sum(1) / weights.sum(1)).cpu()
-        index = (length - (2 if self.position == "penultimate" else 1)).clamp(min=0)
-        return states[torch.arange(len(prompts), device=self.device), index].float().cpu()
+        with self._pass:
+            self._seen.clear()
+            final = self.model(
+                input_ids=tokens, attention_mask=mask.long() if padded else None, use_cache=False
+            ).last_hidden_state
+            seen = {-1: final, **self._seen}
+            self._seen.clear()
+        parts = [_at(seen[read.layer], mask, length, read.position) for read in self.reads]
+        return torch.cat(parts, dim=-1).cpu()
 
     def hidden_all(
         self, prompts: Sequence[Sequence[int]], *, batch_tokens: int = 4096
@@ -162,11 +160,36 @@ def fitting_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def _keep_layers(model: PreTrainedModel, count: int) -> None:
+def _at(states: Tensor, mask: Tensor, length: Tensor, position: Position) -> Tensor:
+    """States `[B, T, d]` of right-padded prompts → `[B, d]`, float32, at one position of each."""
+    if position in ("mean", "body"):
+        weights = mask.to(torch.float32)[:, :, None]
+        if position == "body":
+            # A prompt of one token has no other to read.
+            weights[:, 0] = (length == 1)[:, None]
+        return (states.float() * weights).sum(1) / weights.sum(1)
+    index = (length - (2 if position == "penultimate" else 1)).clamp(min=0)
+    return states[torch.arange(len(states), device=states.device), index].float()
+
+
+def _tap(model: PreTrainedModel, wanted: set[int], seen: dict[int, Tensor]) -> None:
+    """Drop the layers behind the last of `wanted`, and let the others note in `seen` what they give."""
     layers = model.get_submodule("layers")
     assert isinstance(layers, nn.ModuleList)
-    if not 1 <= count <= len(layers):
-        raise ConfigError(f"layer {count}: the backbone has {len(layers)} layers")
-    model.set_submodule("layers", layers[:count])
-    model.set_submodule("norm", nn.Identity())
-    model.config.num_hidden_layers = count
+    for layer in wanted - {-1}:
+        if not 1 <= layer <= len(layers):
+            raise ConfigError(f"layer {layer}: the backbone has {len(layers)} layers")
+
+    def note(layer: int) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _arguments: Any, output: Any) -> None:
+            seen[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    for layer in wanted - {-1}:
+        layers[layer - 1].register_forward_hook(note(layer))
+    if -1 not in wanted:
+        last = max(wanted)
+        model.set_submodule("layers", layers[:last])
+        model.set_submodule("norm", nn.Identity())
+        model.config.num_hidden_layers = last

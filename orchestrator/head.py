@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,41 +26,45 @@ from torch import Tensor
 from actors.errors import CheckpointError
 
 FORMAT = "fugu-router"
-FORMAT_VERSION = 1
-_METADATA = (
-    "format",
-    "format_version",
-    "workers",
-    "backbone",
-    "revision",
-    "position",
-    "layer",
-    "prompt_format",
-    "roles",
-    "trained",
-)
+# Version 1 read one layer at one position, under "layer" and "position"; it is still read.
+FORMAT_VERSION = 2
+_METADATA = ("workers", "backbone", "revision", "prompt_format", "roles", "trained")
 ROLES = ("worker", "thinker", "verifier")  # order of the three extra logits, as in the authors' code
 
-Position = Literal["penultimate", "last", "mean"]
+Position = Literal["penultimate", "last", "mean", "body"]
 PromptFormat = Literal["chat", "raw"]
 POSITIONS: tuple[str, ...] = get_args(Position)
 PROMPT_FORMATS: tuple[str, ...] = get_args(PromptFormat)
+
+
+class Read(NamedTuple):
+    """Where a backbone is read. `layer` is -1 for the final hidden state after the model's last norm, or the number of
+    transformer layers run (then there is no norm). `position`: "penultimate" is index -2 of the prompt (TRINITY §3.1),
+    "last" is -1, "mean" averages over all tokens, "body" over all but the first, where causal models keep states of
+    enormous size that say nothing about the text (Xiao et al. 2024, attention sinks)."""
+
+    layer: int = -1
+    position: Position = "penultimate"
+
+    def __str__(self) -> str:
+        return f"{self.position} of {'the final layer' if self.layer == -1 else f'layer {self.layer}'}"
+
+
+FINAL = (Read(),)
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
     """What a head belongs to.
 
-    `workers` names the rows in order. `layer` is -1 for the final hidden state after the model's last norm,
-    or the number of transformer layers run (then there is no norm). `roles` says that three more rows follow,
-    for `ROLES`. `trained` is free: how the head was made and what it measured.
+    `workers` names the rows in order. `reads` says what the hidden state is: the concatenation of these reads. `roles`
+    says that three more rows follow, for `ROLES`. `trained` is free: how the head was made and what it measured.
     """
 
     workers: tuple[str, ...]
     backbone: str
     revision: str
-    position: Position = "penultimate"
-    layer: int = -1
+    reads: tuple[Read, ...] = FINAL
     prompt_format: PromptFormat = "chat"
     roles: bool = False
     trained: Mapping[str, Any] = field(default_factory=dict)
@@ -147,8 +151,7 @@ def save_checkpoint(path: Path | str, checkpoint: Checkpoint) -> None:
         "workers": json.dumps(info.workers),
         "backbone": info.backbone,
         "revision": info.revision,
-        "position": info.position,
-        "layer": str(info.layer),
+        "reads": json.dumps(info.reads),
         "prompt_format": info.prompt_format,
         "roles": json.dumps(info.roles),
         "trained": json.dumps(info.trained, sort_keys=True, allow_nan=False),
@@ -236,11 +239,13 @@ def check_fits(
 
 
 def _read_info(metadata: Mapping[str, str], where: str) -> CheckpointInfo:
-    if missing := [key for key in _METADATA if key not in metadata]:
+    version = metadata.get("format_version", "of no version")
+    if metadata.get("format") != FORMAT or version not in ("1", str(FORMAT_VERSION)):
+        found = f"{metadata.get('format', 'of no format')}, version {version}"
+        raise CheckpointError(f"{where} is {found}; this program reads {FORMAT} up to version {FORMAT_VERSION}")
+    needed = [*_METADATA, *(["position", "layer"] if version == "1" else ["reads"])]
+    if missing := [key for key in needed if key not in metadata]:
         raise CheckpointError(f"{where} lacks metadata: {', '.join(missing)}")
-    if metadata["format"] != FORMAT or metadata["format_version"] != str(FORMAT_VERSION):
-        found = f"{metadata['format']} version {metadata['format_version']}"
-        raise CheckpointError(f"{where} is {found}; this program reads {FORMAT} version {FORMAT_VERSION}")
 
     def parsed(key: str, kind: type) -> Any:
         try:
@@ -256,22 +261,35 @@ def _read_info(metadata: Mapping[str, str], where: str) -> CheckpointInfo:
         raise CheckpointError(f"{where}: metadata workers must be a list of names")
     if len(set(workers)) != len(workers):
         raise CheckpointError(f"{where}: metadata workers names a worker twice")
-    for key, choices in (("position", POSITIONS), ("prompt_format", PROMPT_FORMATS)):
-        if metadata[key] not in choices:
-            raise CheckpointError(f"{where}: metadata {key} is {metadata[key]!r}, not one of {choices}")
-    layer = parsed("layer", int)
-    if layer != -1 and layer < 1:
-        raise CheckpointError(f"{where}: metadata layer is {layer}; it must be -1 or at least 1")
+    if metadata["prompt_format"] not in PROMPT_FORMATS:
+        found = metadata["prompt_format"]
+        raise CheckpointError(f"{where}: metadata prompt_format is {found!r}, not one of {PROMPT_FORMATS}")
+    reads = [[parsed("layer", int), metadata["position"]]] if version == "1" else parsed("reads", list)
     return CheckpointInfo(
         workers=tuple(workers),
         backbone=metadata["backbone"],
         revision=metadata["revision"],
-        position=metadata["position"],  # type: ignore[arg-type]  # checked above
-        layer=layer,
+        reads=_reads(reads, where),
         prompt_format=metadata["prompt_format"],  # type: ignore[arg-type]  # checked above
         roles=parsed("roles", bool),
         trained=parsed("trained", dict),
     )
+
+
+def _reads(found: Sequence[Any], where: str) -> tuple[Read, ...]:
+    reads = []
+    for entry in found:
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise CheckpointError(f"{where}: metadata reads must be pairs of layer and position, not {entry!r}")
+        layer, position = entry
+        if type(layer) is not int or (layer != -1 and layer < 1):
+            raise CheckpointError(f"{where}: metadata layer is {layer!r}; it must be -1 or at least 1")
+        if position not in POSITIONS:
+            raise CheckpointError(f"{where}: metadata position is {position!r}, not one of {POSITIONS}")
+        reads.append(Read(layer, position))
+    if not reads or len(set(reads)) != len(reads):
+        raise CheckpointError(f"{where}: metadata reads must name at least one place, each once")
+    return tuple(reads)
 
 
 def _check_tensors(checkpoint: Checkpoint, where: str) -> None:

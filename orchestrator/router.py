@@ -74,11 +74,9 @@ class Router:
                 f"router.max_tokens is {max_tokens}; this backbone can read {MIN_TOKENS} to {backbone.context}"
             )
         info = checkpoint.info
-        if (info.position, info.layer) != (backbone.position, backbone.layer):
-            raise CheckpointError(
-                f"the head reads {info.position} of layer {info.layer}, "
-                f"the backbone gives {backbone.position} of layer {backbone.layer}"
-            )
+        if info.reads != backbone.reads:
+            wanted, given = ("; ".join(map(str, reads)) for reads in (info.reads, backbone.reads))
+            raise CheckpointError(f"the head reads {wanted}, the backbone gives {given}")
         self.backbone = backbone
         self.checkpoint = checkpoint
         self.max_tokens = max_tokens
@@ -117,8 +115,7 @@ class Router:
         check_fits(head, dimension=head.dimension, **fits)  # type: ignore[arg-type]
         model = Backbone.load(
             folder,
-            position=head.info.position,
-            layer=head.info.layer,
+            reads=head.info.reads,
             device=device,
             singular=head.singular,
         )

@@ -30,33 +30,41 @@ def features(
     batch_tokens: int = 4096,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Tensor:
-    """Hidden states `[N, d]`, float32, in the order given.
+    """Hidden states `[N, d]`, float32, in the order given: the backbone's reads side by side.
 
     With `cache` (an SQLite file, made when missing) known states are read and new ones are written batch by batch, so
-    that a run that is killed goes on where it was. A state is keyed by `revision` of the backbone, the numbers it is
-    computed in, position, layer and the tokens read, which hold prompt format, limit and text.
+    that a run that is killed goes on where it was. Each read is kept by itself, so that another choice among reads
+    already made costs no pass. It is keyed by `revision` of the backbone, the numbers it is computed in, position,
+    layer and the tokens read, which hold prompt format, limit and text.
     """
     prompts = encode(backbone.tokenizer, conversations, prompt_format, max_tokens)
-    setting = f"{revision}|{backbone.dtype}|{backbone.position}|{backbone.layer}|".encode()
-    keys = [hashlib.sha256(setting + array("q", prompt).tobytes()).digest() for prompt in prompts]
     found = torch.zeros(len(prompts), backbone.dimension)
     if cache is None:
         _compute(backbone, prompts, range(len(prompts)), found, batch_tokens, on_progress, lambda _indices: None)
         return found
+    settings = [f"{revision}|{backbone.dtype}|{read.position}|{read.layer}|".encode() for read in backbone.reads]
+    tokens = [array("q", prompt).tobytes() for prompt in prompts]
+    keys = [[hashlib.sha256(setting + text).digest() for setting in settings] for text in tokens]
+    parts = found.view(len(prompts), len(settings), -1)
     cache.parent.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(cache, timeout=60)) as store:
         store.execute("CREATE TABLE IF NOT EXISTS states (key BLOB PRIMARY KEY, state BLOB NOT NULL) WITHOUT ROWID")
         missing = []
-        for index, key in enumerate(keys):
-            row = store.execute("SELECT state FROM states WHERE key = ?", (key,)).fetchone()
-            if row is None:
+        for index in range(len(prompts)):
+            rows = [store.execute("SELECT state FROM states WHERE key = ?", (key,)).fetchone() for key in keys[index]]
+            if None in rows:
                 missing.append(index)
-            else:
-                found[index] = torch.from_numpy(np.frombuffer(row[0], dtype=np.float32).copy())
+                continue
+            for place, (state,) in enumerate(rows):
+                parts[index, place] = torch.from_numpy(np.frombuffer(state, dtype=np.float32).copy())
 
         def keep(indices: Sequence[int]) -> None:
             with store:
-                rows = [(keys[index], found[index].numpy().tobytes()) for index in indices]
+                rows = [
+                    (key, parts[index, place].numpy().tobytes())
+                    for index in indices
+                    for place, key in enumerate(keys[index])
+                ]
                 store.executemany("INSERT OR REPLACE INTO states VALUES (?, ?)", rows)
 
         _compute(backbone, prompts, missing, found, batch_tokens, on_progress, keep)

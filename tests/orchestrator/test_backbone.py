@@ -11,6 +11,7 @@ from transformers import AutoModel
 from actors.errors import ConfigError
 from actors.model_files import resolve_model
 from orchestrator.backbone import Backbone, batches, fitting_dtype
+from orchestrator.head import Read
 from orchestrator.prompt import encode
 from tests.orchestrator.tiny import DIMENSION, said, tiny_folder
 
@@ -29,10 +30,10 @@ def states_of(folder: Path, prompt: list[int]) -> tuple[torch.Tensor, ...]:
         return tuple(state[0] for state in model(torch.tensor([prompt]), output_hidden_states=True).hidden_states)
 
 
-@pytest.mark.parametrize("position", ["penultimate", "last", "mean"])
+@pytest.mark.parametrize("position", ["penultimate", "last", "mean", "body"])
 @pytest.mark.parametrize("layer", [-1, 1, 3])
 def test_the_right_token_and_layer_are_read(folder: Path, position: str, layer: int) -> None:
-    backbone = Backbone.load(folder, dtype=torch.float32, position=position, layer=layer)  # type: ignore[arg-type]
+    backbone = Backbone.load(folder, dtype=torch.float32, reads=[Read(layer, position)])  # type: ignore[arg-type]
     got = backbone.hidden(PROMPTS)
     assert got.shape == (4, DIMENSION)
     assert got.dtype == torch.float32
@@ -42,13 +43,26 @@ def test_the_right_token_and_layer_are_read(folder: Path, position: str, layer: 
             "penultimate": states[-2] if len(prompt) > 1 else states[-1],
             "last": states[-1],
             "mean": states.mean(0),
+            "body": states[1:].mean(0) if len(prompt) > 1 else states[0],
         }[position]
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("position", ["penultimate", "last", "mean"])
+def test_several_reads_come_side_by_side_from_one_pass(folder: Path) -> None:
+    reads = [Read(2, "mean"), Read(-1, "last"), Read(2, "last"), Read(1, "body")]
+    backbone = Backbone.load(folder, dtype=torch.float32, reads=reads)
+    assert backbone.dimension == 4 * DIMENSION
+    passes = []
+    backbone.model.register_forward_hook(lambda *_: passes.append(1))
+    got = backbone.hidden(PROMPTS)
+    assert passes == [1]
+    alone = [Backbone.load(folder, dtype=torch.float32, reads=[read]).hidden(PROMPTS) for read in reads]
+    torch.testing.assert_close(got, torch.cat(alone, dim=-1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("position", ["penultimate", "last", "mean", "body"])
 def test_batch_mates_do_not_matter(folder: Path, position: str) -> None:
-    backbone = Backbone.load(folder, dtype=torch.float32, position=position)  # type: ignore[arg-type]
+    backbone = Backbone.load(folder, dtype=torch.float32, reads=[Read(-1, position)])  # type: ignore[arg-type]
     together = backbone.hidden(PROMPTS)
     for index, prompt in enumerate(PROMPTS):
         torch.testing.assert_close(together[index], backbone.hidden([prompt])[0], rtol=1e-4, atol=1e-4)
@@ -82,7 +96,7 @@ def test_what_cannot_be_read_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="513 tokens, the backbone reads 512"):
         backbone.hidden([[1] * 513])
     with pytest.raises(ConfigError, match="the backbone has 4 layers"):
-        Backbone.load(folder, layer=5)
+        Backbone.load(folder, reads=[Read(5)])
     with pytest.raises(ConfigError, match="does not exist"):
         Backbone.load(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()

@@ -18,6 +18,7 @@ from actors.errors import CheckpointError
 from orchestrator.head import (
     Checkpoint,
     CheckpointInfo,
+    Read,
     check_fits,
     load_checkpoint,
     masked_softmax,
@@ -104,16 +105,20 @@ def test_draws_follow_the_probabilities() -> None:
 @given(
     workers=st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=5, unique=True),
     roles=st.booleans(),
-    position=st.sampled_from(["penultimate", "last", "mean"]),
-    layer=st.sampled_from([-1, 1, 7]),
+    reads=st.lists(
+        st.builds(Read, st.sampled_from([-1, 1, 7]), st.sampled_from(["penultimate", "last", "mean"])),
+        min_size=1,
+        max_size=4,
+        unique=True,
+    ),
     seed=st.integers(0, 100),
 )
 def test_what_is_saved_is_what_is_loaded(
-    tmp_path_factory: pytest.TempPathFactory, workers: list[str], roles: bool, position: Any, layer: int, seed: int
+    tmp_path_factory: pytest.TempPathFactory, workers: list[str], roles: bool, reads: list[Read], seed: int
 ) -> None:
     path = tmp_path_factory.mktemp("head") / "head.safetensors"
     info = CheckpointInfo(
-        tuple(workers), "org/m", "abc", position, layer, "raw", roles, {"tau": 0.25, "table": {"x": [1, 2]}}
+        tuple(workers), "org/m", "abc", tuple(reads), "raw", roles, {"tau": 0.25, "table": {"x": [1, 2]}}
     )
     generator = torch.Generator().manual_seed(seed)
     made = Checkpoint(
@@ -183,23 +188,35 @@ def rewritten(tmp_path: Path, metadata: dict[str, str | None], **tensors: torch.
     [
         ({"workers": None}, "lacks metadata: workers"),
         ({"revision": None, "roles": None}, "lacks metadata: revision, roles"),
-        ({"format": "other"}, "is other version 1; this program reads fugu-router version 1"),
-        ({"format_version": "2"}, "is fugu-router version 2"),
+        ({"format": "other"}, "is other, version 2; this program reads fugu-router up to version 2"),
+        ({"format_version": "3"}, "is fugu-router, version 3"),
         ({"workers": "a,b"}, "metadata workers is not JSON"),
         ({"workers": '["a", "b", 3]'}, "metadata workers must be a list of names"),
         ({"workers": '["a", "b", "b"]'}, "names a worker twice"),
         ({"workers": '["a", "b"]'}, r"head.weight has shape \[3, 4\]; 2 workers need \[2, d\]"),
         ({"roles": "true"}, r"3 workers and 3 roles need \[6, d\]"),
         ({"roles": "1"}, "metadata roles must be bool"),
-        ({"position": "first"}, "metadata position is 'first'"),
         ({"prompt_format": "xml"}, "metadata prompt_format is 'xml'"),
-        ({"layer": "0"}, "metadata layer is 0"),
-        ({"layer": "x"}, "metadata layer is not JSON"),
+        ({"reads": None}, "lacks metadata: reads"),
+        ({"reads": "[]"}, "reads must name at least one place, each once"),
+        ({"reads": '[[-1, "last"], [-1, "last"]]'}, "reads must name at least one place, each once"),
+        ({"reads": '[["last"]]'}, "reads must be pairs"),
+        ({"reads": '[[-1, "first"]]'}, "metadata position is 'first'"),
+        ({"reads": '[[0, "last"]]'}, "metadata layer is 0"),
+        ({"reads": '[[2.0, "last"]]'}, "metadata layer is 2.0"),
+        ({"format_version": "1"}, "lacks metadata: position, layer"),
+        ({"format_version": "1", "layer": "x", "position": "last"}, "metadata layer is not JSON"),
+        ({"format_version": "1", "layer": "-1", "position": "first"}, "metadata position is 'first'"),
     ],
 )
 def test_wrong_metadata_is_named(tmp_path: Path, metadata: dict[str, str | None], says: str) -> None:
     with pytest.raises(CheckpointError, match=says):
         load_checkpoint(rewritten(tmp_path, metadata))
+
+
+def test_a_file_of_the_first_version_is_read(tmp_path: Path) -> None:
+    old = {"format_version": "1", "position": "last", "layer": "7", "reads": None}
+    assert load_checkpoint(rewritten(tmp_path, old)).info == replace(INFO, reads=(Read(7, "last"),))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from actors.errors import CheckpointError, ConfigError, FuguError, NoWorkerAllowedError, RequestError
 from actors.messages import Message
 from orchestrator.backbone import Backbone
-from orchestrator.head import Checkpoint, CheckpointInfo, save_checkpoint
+from orchestrator.head import Checkpoint, CheckpointInfo, Read, save_checkpoint
 from orchestrator.prompt import encode
 from orchestrator.router import Decision, Router, order_decision
 from tests.orchestrator.tiny import DIMENSION, said, tiny_folder
@@ -24,7 +24,7 @@ TALKS = [said("What is 2 + 2?"), said("Translate rain."), said("Tell me a long s
 
 def head(info: CheckpointInfo = INFO, size: float = 0.1) -> Checkpoint:
     generator = torch.Generator().manual_seed(7)
-    return Checkpoint(info, size * torch.randn(info.rows, DIMENSION, generator=generator))
+    return Checkpoint(info, size * torch.randn(info.rows, DIMENSION * len(info.reads), generator=generator))
 
 
 @pytest.fixture(scope="module")
@@ -146,13 +146,15 @@ def test_loading_checks_the_pool_the_backbone_and_the_limit(folder: Path, tmp_pa
 
 
 def test_the_checkpoint_says_what_is_read(folder: Path, tmp_path: Path) -> None:
-    info = replace(INFO, position="mean", layer=2, prompt_format="raw")
+    info = replace(INFO, reads=(Read(2, "mean"), Read(3, "last")), prompt_format="raw")
     path = tmp_path / "head.safetensors"
     save_checkpoint(path, head(info))
     router = Router.load(folder, path, WORKERS, max_tokens=128)
-    assert (router.backbone.position, router.backbone.layer) == ("mean", 2)
-    with pytest.raises(CheckpointError, match="the head reads mean of layer 2, the backbone gives last of layer -1"):
-        Router(Backbone.load(folder, position="last"), head(info), max_tokens=128)
+    assert router.backbone.reads == (Read(2, "mean"), Read(3, "last"))
+    with pytest.raises(
+        CheckpointError, match=r"the head reads mean of layer 2; last of layer 3, .* gives last of the fin"
+    ):
+        Router(Backbone.load(folder, reads=[Read(-1, "last")]), head(info), max_tokens=128)
 
 
 def test_without_a_head_the_order_decides() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from orchestrator.backbone import Backbone
+from orchestrator.head import Read
 from tests.orchestrator.tiny import said, tiny_folder
 from training.evaluate import bootstrap
 from training.features import features
@@ -54,8 +55,8 @@ def test_another_setting_is_another_state(folder: Path, tmp_path: Path) -> None:
         assert run(backbone, cache, **changes)[1] == 3
     assert run(backbone, cache, max_tokens=100)[1] == 3  # every prompt is longer than that
     for other in (
-        Backbone.load(folder, dtype=torch.float32, position="mean"),
-        Backbone.load(folder, dtype=torch.float32, layer=2),
+        Backbone.load(folder, dtype=torch.float32, reads=[Read(-1, "mean")]),
+        Backbone.load(folder, dtype=torch.float32, reads=[Read(2)]),
         Backbone.load(folder, dtype=torch.bfloat16),
     ):
         got, computed = run(other, cache)
