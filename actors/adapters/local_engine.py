@@ -10,6 +10,12 @@ do not depend on who shares the batch; in bfloat16 rounding can tip a near tie.
 
 from __future__ import annotations
 
+import os
+
+# OpenMP reads this when torch is imported. By default its threads spin while they wait for each other: where other
+# processes want the same cores (the router, the gateway) a decoding step then takes many times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
