@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -39,6 +40,7 @@ APP = "fugu"
 NAMESPACE = "fugu"
 # Ray's object store holds nothing but the odd long conversation on its way to the router.
 OBJECT_STORE_BYTES = 100 * 1024 * 1024
+DEPLOY_FAILED = "DEPLOY_FAILED"
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -145,24 +147,22 @@ class Server:
             FuguError: a part failed for good (a checkpoint that does not fit), or the time is over; says which.
         """
         deadline = time.monotonic() + timeout
-        state = "no answer"
+        state = ""
         with httpx.Client(base_url=self.url, timeout=5.0, trust_env=False) as client:
             while time.monotonic() < deadline:
-                try:
-                    answer = client.get("/readyz")
-                    parts: dict[str, str] = answer.json()["parts"]
-                except (httpx.HTTPError, ValueError, KeyError):
-                    progress("starting the gateway")
-                else:
-                    if answer.status_code == 200:
-                        return
-                    state = "; ".join(f"{part}: {why}" for part, why in parts.items() if why != "ready")
-                    progress(state)
-                    failed = [why.removeprefix("failed: ") for why in parts.values() if why.startswith("failed: ")]
-                    if failed:
-                        raise ConfigError("; ".join(failed))
+                parts = _parts(client)
+                if parts is not None and all(part == "ready" for part in parts.values()):
+                    return
+                state = "; ".join(f"{part}: {why}" for part, why in (parts or {}).items() if why != "ready")
+                progress(state or "starting the gateway")
+                failures = [
+                    why.removeprefix("failed: ") for why in (parts or {}).values() if why.startswith("failed: ")
+                ]
+                if failures:
+                    raise ConfigError("; ".join(failures))
+                _check_deployed()
                 time.sleep(0.2)
-        raise FuguError(f"not ready after {timeout:g} s ({state})")
+        raise FuguError(f"not ready after {timeout:g} s ({state or 'the gateway does not answer'})")
 
     def stop(self, *, drain: bool = True) -> None:
         """Let running requests finish (at most `serve.drain` seconds, none with `drain=False`), then stop the
@@ -180,6 +180,28 @@ def _get_ready(pool: WorkerPool) -> None:
     # What fails here is found again, and told, by the gateway's readiness.
     with suppress(FuguError):
         asyncio.run(pool.ready())
+
+
+def _parts(client: httpx.Client) -> dict[str, str] | None:
+    """What `/readyz` says of each part; None where nothing of ours answers yet."""
+    try:
+        parts: dict[str, str] = client.get("/readyz").json()["parts"]
+    except (httpx.HTTPError, ValueError, KeyError):
+        return None
+    return parts
+
+
+def _check_deployed() -> None:
+    """Raises:
+    FuguError: Serve gave up on a deployment, whose constructor failed again and again.
+    """
+    application = serve.status().applications.get(APP)
+    if application is None or application.status.value != DEPLOY_FAILED:
+        return
+    names = [name for name, each in application.deployments.items() if each.status.value == DEPLOY_FAILED]
+    node: Any = ray._private.worker._global_node
+    logs = Path(node.get_logs_dir_path()) / "serve"
+    raise FuguError(f"{' and '.join(names) or 'the application'} could not start; the logs in {logs} say why")
 
 
 def check_port_free(host: str, port: int) -> None:

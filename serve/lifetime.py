@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -91,17 +92,20 @@ def running(
         console.print("[yellow]HAProxy is not installed here; Ray Serve's own proxy is used (slower).[/]")
     started = time.monotonic()
     server: Server | None = None
+    served = False
     with _ending_processes():
         try:
             with _progress(console) as tell:
                 server = Server.start(config, address=address, dashboard=dashboard, progress=tell)
                 server.wait_ready(timeout, tell)
             console.print(f"[dim]ready after {time.monotonic() - started:.0f} s[/]")
+            served = True
             yield server
         finally:
             if server is not None:
                 lost = _ray_died if server.owns_ray else None
-                server.stopped = _bounded(server.stop, config.serve.drain + STOP_SECONDS, lost)
+                stop = partial(server.stop, drain=served)
+                server.stopped = _bounded(stop, config.serve.drain + STOP_SECONDS, lost)
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
 
