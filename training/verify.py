@@ -28,13 +28,18 @@ def main() -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(nothing, number)
+    warm: set[str] = set()
     for line in requests:
         request = json.loads(line)
         try:
-            # Imported here once, so that no fork pays for it.
-            for name in NEEDS[request["kind"]]:
-                importlib.import_module(name)
-            gc.freeze()
+            if request["kind"] not in warm:
+                # Here once, so that no fork pays for it.
+                for name in NEEDS[request["kind"]]:
+                    importlib.import_module(name)
+                if request["kind"] == "maths":
+                    equivalent("\\frac{1}{2}", "$0.5$")  # the parsers build their tables when first used
+                gc.freeze()
+                warm.add(request["kind"])
             reply = in_a_fork(request, answers)
         except ImportError as error:
             reply = {"error": f"{error}; install the extra `train`", "missing": True}
