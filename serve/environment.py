@@ -12,7 +12,6 @@ import shutil
 import socket
 import stat
 import sys
-import tempfile
 from pathlib import Path
 
 from actors.config import ServeConfig
@@ -40,10 +39,11 @@ _ERROR_BODY = (
 )
 
 
-def prepare(config: ServeConfig) -> Path | None:
-    """Set the environment for a server with this configuration; call it before ray is imported.
+def prepare(config: ServeConfig, folder: Path) -> bool:
+    """Set the environment for a server with this configuration; call it before ray is imported. HAProxy's files go
+    to `folder`, which the caller makes and removes.
 
-    Returns: the folder made for HAProxy (the caller removes it at the end), or None where HAProxy is off.
+    Returns: whether HAProxy is used: wanted, and installed here.
 
     Raises:
         ConfigError: ray has been imported already, and would not see the settings.
@@ -64,8 +64,7 @@ def prepare(config: ServeConfig) -> Path | None:
     binary = haproxy_binary() if config.ha_proxy else None
     if binary is None:
         os.environ |= {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
-        return None
-    folder = Path(tempfile.mkdtemp(prefix="fugu-"))
+        return False
     stats, metrics, fallback, grpc = free_ports(4)
     wrapper, error = folder / "haproxy", folder / "error.http"
     head = ("HTTP/1.1 503 Service Unavailable", "Content-Type: application/json", "Retry-After: 1")
@@ -93,7 +92,7 @@ def prepare(config: ServeConfig) -> Path | None:
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(config.drain) + 5),
         "RAY_SERVE_HAPROXY_MAXCONN": str(max(4096, 2 * config.max_ongoing_requests)),
     }
-    return folder
+    return True
 
 
 def haproxy_binary() -> str | None:

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -83,37 +84,39 @@ def running(
         FuguError: it cannot start; says which part and why.
         KeyboardInterrupt: a signal came while it started.
     """
-    folder = environment.prepare(config.serve)
-    if folder is not None and made is not None:
+    folder = Path(tempfile.mkdtemp(prefix="fugu-"))
+    if made is not None:
         made.append(folder)
-    from serve.app import Server
-
-    if config.serve.ha_proxy and folder is None:
-        console.print("[yellow]HAProxy is not installed here; Ray Serve's own proxy is used (slower).[/]")
     started = time.monotonic()
     server: Server | None = None
     served = False
-    with _ending_processes():
-        try:
-            with _progress(console) as tell:
-                server = Server.start(config, address=address, dashboard=dashboard, progress=tell)
-                server.wait_ready(timeout, tell)
-            console.print(f"[dim]ready after {time.monotonic() - started:.0f} s[/]")
-            served = True
-            yield server
-        finally:
-            if server is not None:
-                lost = _ray_died if server.owns_ray else None
-                stop = partial(server.stop, drain=served)
-                server.stopped = _bounded(stop, config.serve.drain + STOP_SECONDS, lost)
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with _ending_processes():
+            try:
+                if not environment.prepare(config.serve, folder) and config.serve.ha_proxy:
+                    console.print("[yellow]HAProxy is not installed here; Ray Serve's own proxy is used (slower).[/]")
+                from serve.app import Server
+
+                with _progress(console) as tell:
+                    server = Server.start(config, address=address, dashboard=dashboard, progress=tell)
+                    server.wait_ready(timeout, tell)
+                console.print(f"[dim]ready after {time.monotonic() - started:.0f} s[/]")
+                served = True
+                yield server
+            finally:
+                if server is not None:
+                    lost = _ray_died if server.owns_ray else None
+                    stop = partial(server.stop, drain=served)
+                    server.stopped = _bounded(stop, config.serve.drain + STOP_SECONDS, lost)
+    finally:
+        # Only now: while they live, Serve and HAProxy would write it anew.
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def pool_of(config: FuguConfig, *, console: Console) -> Iterator[WorkerPool]:
     """The provider actors of a configuration in a Ray of their own, without a gateway."""
-    environment.prepare(config.serve.model_copy(update={"ha_proxy": False}))
+    environment.prepare(config.serve.model_copy(update={"ha_proxy": False}), Path())
     import ray
 
     from actors.pool import WorkerPool
@@ -172,7 +175,9 @@ class _Signals:
         if self._asked.is_set() and now - self._first < TWICE_SECONDS:
             return
         if self._asked.is_set():
-            _kill(psutil.Process().children(recursive=True))
+            children = psutil.Process().children(recursive=True)
+            _kill(children)
+            psutil.wait_procs(children, timeout=LAST_SECONDS)
             for folder in self.made:
                 shutil.rmtree(folder, ignore_errors=True)
             os._exit(128 + number)
