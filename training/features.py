@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from actors.messages import Message
-from orchestrator.backbone import Backbone
-from orchestrator.head import PromptFormat
+from actors.model_files import cache_dir
+from orchestrator.backbone import Backbone, Device
+from orchestrator.head import CheckpointInfo, PromptFormat
 from orchestrator.prompt import encode
+from training.outcomes import Task
 
 
 def features(
@@ -88,3 +90,39 @@ def _compute(
         keep(indices)
         done += len(indices)
         on_progress(done, len(prompts))
+
+
+def task_states(
+    tasks: Sequence[Task],
+    info: CheckpointInfo,
+    folder: Path,
+    *,
+    singular: Mapping[str, Tensor],
+    max_tokens: int,
+    device: Device = "auto",
+    cache: Path | None = None,
+    progress: bool = True,
+) -> Tensor:
+    """Hidden states `[N, d]` of the tasks' prompts as a router with a head of this kind sees them, with a progress bar.
+    `folder` holds the backbone; `cache` defaults to one file for all runs of this user.
+
+    Raises:
+        ConfigError: the backbone lacks a layer.
+        CheckpointError: the singular-value offsets do not fit it.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    backbone = Backbone.load(folder, reads=info.reads, device=device, singular=singular or None)
+    scales = hashlib.sha256(b"".join(name.encode() + singular[name].numpy().tobytes() for name in sorted(singular)))
+    columns = (TextColumn("reading the tasks"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not progress) as bar:
+        row = bar.add_task("read", total=len(tasks))
+        return features(
+            backbone,
+            [(Message("user", task.prompt),) for task in tasks],
+            prompt_format=info.prompt_format,
+            max_tokens=max_tokens,
+            revision=f"{info.backbone}@{info.revision}" + (f"+{scales.hexdigest()}" if singular else ""),
+            cache=cache or cache_dir() / "features.sqlite",
+            on_progress=lambda done, _total: bar.update(row, completed=done),
+        )
