@@ -49,7 +49,9 @@ def run(
     """Serve until SIGINT or SIGTERM; returns the exit code. A second signal kills at once what was started."""
     with _Signals() as signals:
         try:
-            with running(config, console=errors, address=address, dashboard=dashboard, timeout=timeout) as server:
+            with running(
+                config, console=errors, address=address, dashboard=dashboard, timeout=timeout, made=signals.made
+            ) as server:
                 console.print(f"\n[bold green]fugu is ready[/] at [bold]{server.url}/v1[/]", soft_wrap=True)
                 console.print(_curl(server.url, bool(config.serve.api_keys)), markup=False, soft_wrap=True)
                 console.print("[dim]Ctrl-C stops it.[/]")
@@ -175,9 +177,8 @@ class _Signals:
         if self._asked.is_set() and now - self._first < TWICE_SECONDS:
             return
         if self._asked.is_set():
-            children = psutil.Process().children(recursive=True)
-            _kill(children)
-            psutil.wait_procs(children, timeout=LAST_SECONDS)
+            # At once: without its raylet, Ray may end this process too at any moment.
+            _kill(psutil.Process().children(recursive=True))
             for folder in self.made:
                 shutil.rmtree(folder, ignore_errors=True)
             os._exit(128 + number)

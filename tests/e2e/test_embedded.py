@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -106,9 +106,7 @@ def test_it_fits_in_memory(embedded: RunningServer) -> None:
 def test_the_end_leaves_nothing_behind(embedded: RunningServer) -> None:
     """Last: the server ends here. A request that runs may finish; then no process and no folder is left."""
     before = embedded.tree()
-    arguments = [argument for process in before for argument in process.cmdline()]
-    folders = {Path(argument).parents[1] for argument in arguments if argument.endswith("haproxy.cfg")}
-    assert len(folders) == 1
+    folder = _haproxy_folder(before)
     with httpx.Client(base_url=embedded.url, trust_env=False, timeout=60) as client:
         body = {
             "model": "fugu",
@@ -126,7 +124,7 @@ def test_the_end_leaves_nothing_behind(embedded: RunningServer) -> None:
     assert embedded.process.wait(timeout=60) == 0
     _, alive = psutil.wait_procs(before, timeout=10)
     assert alive == []
-    assert not any(folder.exists() for folder in folders)
+    assert not folder.exists()
     wait_until(lambda: not _answers(embedded.url))
 
 
@@ -134,6 +132,7 @@ def test_a_second_signal_forces_the_end(tmp_path: Path) -> None:
     config = {"workers": [{"name": "a", "provider": "openai", "model": "m", "base_url": "http://127.0.0.1:9/v1"}]}
     with RunningServer(tmp_path, config) as server:
         tree = server.tree()
+        folder = _haproxy_folder(tree)
         server.process.send_signal(signal.SIGINT)
         time.sleep(1)
         if server.process.poll() is None:
@@ -141,17 +140,20 @@ def test_a_second_signal_forces_the_end(tmp_path: Path) -> None:
         assert server.process.wait(timeout=10) in (0, 128 + signal.SIGINT)
         _, alive = psutil.wait_procs(tree, timeout=10)
         assert alive == []
+        assert not folder.exists()
 
 
 def test_a_supervisor_that_signals_every_process_at_once(tmp_path: Path) -> None:
     config = {"workers": [{"name": "a", "provider": "openai", "model": "m", "base_url": "http://127.0.0.1:9/v1"}]}
     with RunningServer(tmp_path, config) as server:
         everything = [server.process, *server.tree()]
+        folder = _haproxy_folder(everything)
         for process in everything:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=30) == 0
         wait_until(lambda: not any(_runs(process) for process in everything), timeout=10)
+        assert not folder.exists()
 
 
 def test_ask_without_a_server_says_how_to_start_one() -> None:
@@ -162,6 +164,14 @@ def test_ask_without_a_server_says_how_to_start_one() -> None:
     )
     assert result.returncode == 1
     assert "fugu serve" in result.stderr
+
+
+def _haproxy_folder(processes: Sequence[psutil.Process]) -> Path:
+    """The folder that the server made for HAProxy's files."""
+    arguments = [argument for process in processes for argument in process.cmdline()]
+    [folder] = {Path(argument).parents[1] for argument in arguments if argument.endswith("haproxy.cfg")}
+    assert folder.name.startswith("fugu-")
+    return folder
 
 
 def _runs(process: psutil.Process) -> bool:
