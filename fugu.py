@@ -1,4 +1,4 @@
-"""The command line: `fugu serve`, `fugu ask`, `fugu pool check`."""
+"""The command line: `fugu serve`, `fugu ask`, `fugu pool check`, and the commands of `training.cli`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import typer
 from rich.console import Console
 
 from actors.config import FuguConfig, load_config
+from actors.console import error_line
 from actors.errors import ConfigError, FuguError
+from training import cli
 
 app = typer.Typer(
     help="One endpoint, many minds: a small trained model decides which language model answers.",
@@ -23,6 +25,7 @@ app = typer.Typer(
 )
 pool = typer.Typer(help="The workers of a configuration.", no_args_is_help=True)
 app.add_typer(pool, name="pool")
+app.add_typer(cli.app)
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -140,14 +143,8 @@ def _override(config: FuguConfig, host: str | None, port: int | None) -> FuguCon
 
 
 def _fail(error: FuguError) -> NoReturn:
-    err.print(f"[bold red]error:[/] {_plain(error.message)}", soft_wrap=True)
+    err.print(error_line(error), soft_wrap=True)
     raise typer.Exit(1)
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def main() -> None:

@@ -1,0 +1,90 @@
+"""What the commands of `training.cli` share: mistakes told in a line, reports shown and written, options read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import orjson
+import typer
+from rich.console import Console
+
+from actors.console import error_line
+from actors.errors import ConfigError, FuguError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from orchestrator.head import Read
+
+out_console = Console(highlight=False)
+err_console = Console(stderr=True, highlight=False)
+
+
+class Report(Protocol):
+    """What every run gives back."""
+
+    def json(self) -> dict[str, Any]: ...
+
+    def table(self) -> Table: ...
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """A mistake becomes a line and exit code 2."""
+    try:
+        yield
+    except FuguError as error:
+        err_console.print(error_line(error), soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def tell(report: Report, json: Path | None) -> None:
+    out_console.print(report.table())
+    if json is not None:
+        # Numbers that are not finite become null.
+        json.write_bytes(orjson.dumps(report.json(), option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+
+
+def check_json(path: Path | None) -> None:
+    """Find out before the work that its report could not be written."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--json: cannot write {path}: {error.strerror}") from None
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"--json: cannot write {path}")
+
+
+def names(text: str) -> tuple[str, ...]:
+    found = tuple(name.strip() for name in text.split(",") if name.strip())
+    twice = sorted({name for name in found if found.count(name) > 1})
+    if twice:
+        raise ConfigError(f"--workers: {', '.join(twice)} is named twice")
+    return found
+
+
+def pairs(text: str, option: str) -> dict[str, str]:
+    found = [pair.partition("=") for pair in text.split(",") if pair.strip()]
+    if wrong := [name for name, _, value in found if not name.strip() or not value.strip()]:
+        raise ConfigError(f"{option}: {wrong[0]!r} is not of the form name=column")
+    return {name.strip(): value.strip() for name, _, value in found}
+
+
+def reads(texts: Sequence[str]) -> tuple[Read, ...]:
+    from orchestrator.head import POSITIONS, Read
+
+    found = []
+    for text in texts:
+        position, _, layer = text.partition("@")
+        if position not in POSITIONS or not (layer == "" or layer.isdigit()):
+            raise ConfigError(f"--read: {text!r} is not one of {', '.join(POSITIONS)}, with @LAYER or without")
+        found.append(Read(int(layer) if layer else -1, position))  # type: ignore[arg-type]  # checked above
+    return tuple(found)
