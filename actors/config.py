@@ -187,7 +187,8 @@ class RouterConfig(Strict):
 
     `choose` takes the most probable worker or samples. `fallbacks` is how many further workers may be tried after
     the chosen one. `batch_wait_ms` and `max_batch` steer batching across requests; `max_tokens` is how much of a
-    conversation the backbone reads (longer ones lose their middle).
+    conversation the backbone reads (longer ones lose their middle). `max_turns` and `guard` are for `fugu-trinity`,
+    where the checkpoint has roles: the most turns of a session, and whether it always ends with an answer.
     """
 
     backbone: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -198,6 +199,8 @@ class RouterConfig(Strict):
     max_batch: PositiveInt = 32
     batch_wait_ms: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 2.0
     timeout: Seconds = 30.0
+    max_turns: Annotated[int, Field(ge=1, le=32)] = 5
+    guard: bool = True
 
 
 class ServeConfig(Strict):

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from actors.errors import AllWorkersFailedError, FuguError, WorkerError
+from actors.errors import AllWorkersFailedError, ContextLengthError, FuguError, WorkerError
 from actors.messages import ChatReply, ChatRequest, Message, Usage, Worker
 from orchestrator import roles
 from orchestrator.roles import Role
@@ -46,12 +46,14 @@ class Turn:
 @dataclass(slots=True)
 class Session:
     """What happened, filled while the session runs. `response` is the latest Worker's reply, the session's answer;
-    None if no Worker acted. `accepted` is the Verifier's last word."""
+    None if no Worker acted. `accepted` is the Verifier's last word. `broken` is the failure of a later turn, which
+    ended the session with the response it had."""
 
     turns: list[Turn] = field(default_factory=list)
     thoughts: list[str] = field(default_factory=list)
     response: ChatReply | None = None
     accepted: bool = False
+    broken: AllWorkersFailedError | None = None
 
     @property
     def usage(self) -> Usage:
@@ -74,12 +76,14 @@ async def play(
     fallbacks: int = 2,
     guard: bool = True,
     session: Session | None = None,
+    on_turn: Callable[[Turn], None] = lambda _turn: None,
 ) -> Session:
     """Play one session until the Verifier accepts or `max_turns` are over.
 
-    `guard` turns a Verifier that has nothing to verify into a Worker. Without it such a turn ends the session with
-    no response, as in the paper's training. Advisers get the request's sampling settings but neither its tools nor
-    its response format, which belong to the answer. `session` may be given to watch the turns as they come.
+    `guard` sees to it that there is an answer: it turns a Verifier that has nothing to verify, and whoever would have
+    the last turn without a response, into a Worker. Without it such a Verifier ends the session with no response, as in
+    the paper's training. Advisers get the request's sampling settings but neither its tools nor its response format,
+    which belong to the answer. `session` may be given to watch what happens, `on_turn` to hear of each turn.
 
     Raises:
         AllWorkersFailedError: in some turn no worker could answer and there is no response yet. A later turn that
@@ -89,23 +93,26 @@ async def play(
     suggestion: str | None = None
     suggested: Role | None = None
     query = request.messages
-    for _ in range(max_turns):
+    for turns_left in range(max_turns, 0, -1):
         decision = await decide(roles.transcript(query, session.thoughts))
         role: Role = suggested or _role(decision)
         overridden, suggested = suggested is not None, None
-        if role == "verifier" and session.response is None:
-            if not guard:
+        if session.response is None:
+            if role == "verifier" and not guard:
                 return session
-            role = "worker"
+            if role == "verifier" or (guard and turns_left == 1):
+                role = "worker"
         messages = _messages(role, query, session, suggestion)
         part = request.with_(messages=messages) if role == "worker" else _advisory(request, messages)
         try:
             turn = await _ask(part, role, decision.ranking[: fallbacks + 1], workers, overridden)
-        except AllWorkersFailedError:
+        except AllWorkersFailedError as error:
             if session.response is None:
                 raise
+            session.broken = error
             return session
         session.turns.append(turn)
+        on_turn(turn)
         text = turn.reply.text
         if role == "thinker":
             advice = roles.read_advice(text)
@@ -151,7 +158,7 @@ async def _ask(
     for name in ranking:
         try:
             reply = await workers[name].complete(request)
-        except WorkerError as error:
+        except (WorkerError, ContextLengthError) as error:
             failures[name] = error
             continue
         failed = tuple((worker, error.code) for worker, error in failures.items())

@@ -83,6 +83,16 @@ def read_idea(reply: str) -> str:
     return reply.strip() if found is None else found
 
 
+def answer_text(reply: str) -> str:
+    """A Worker's reply as the caller sees it: without the idea, which is for the next turn; the idea's text where there
+    is nothing else."""
+    begin, end = reply.find("<idea>"), reply.find("</idea>")
+    if not 0 <= begin < end:
+        return reply
+    rest = f"{reply[:begin].rstrip()}\n\n{reply[end + len('</idea>') :].lstrip()}".strip()
+    return rest or read_idea(reply)
+
+
 def read_advice(reply: str) -> Advice | None:
     """Suggestion and next role; None where the reply does not hold both (it is then ignored)."""
     suggestion, following = _between("suggestion", reply), _between("next", reply)

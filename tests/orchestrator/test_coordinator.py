@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.errors import AllWorkersFailedError, WorkerUnavailableError
+from actors.errors import AllWorkersFailedError, ContextLengthError, WorkerUnavailableError
 from actors.messages import ChatReply, ChatRequest, Chunk, Message, ToolCall, ToolSpec, Usage
 from orchestrator import roles
-from orchestrator.coordinator import Session, play
+from orchestrator.coordinator import Session, Turn, play
 
 QUERY = ChatRequest(messages=(Message("user", "What is 17 + 25?"),))
 
@@ -30,6 +30,8 @@ class Scripted:
         text = self.answer(request.messages[-1].text)
         if text == "FAIL":
             raise WorkerUnavailableError("is down", worker=self.name)
+        if text == "LONG":
+            raise ContextLengthError("is too long", worker=self.name)
         calls = (ToolCall("c1", "add", "{}"),) if text == "TOOL" else ()
         return ChatReply(self.name, text, tool_calls=calls, usage=Usage(10, 2), cost_usd=0.5)
 
@@ -112,6 +114,16 @@ async def test_nothing_to_verify() -> None:
     assert bare.response is None
 
 
+async def test_guarded_session_always_has_an_answer() -> None:
+    workers = pool(lambda text: "think harder" if "Do not solve" in text else "42")
+    decide, _ = deciding(*[("a", "thinker")] * 3)
+    guarded = await play(QUERY, decide, workers, max_turns=3)
+    assert [turn.role for turn in guarded.turns] == ["thinker", "thinker", "worker"]
+    assert guarded.response is not None
+    decide, _ = deciding(*[("a", "thinker")] * 3)
+    assert (await play(QUERY, decide, workers, max_turns=3, guard=False)).response is None
+
+
 async def test_revise_goes_on_until_the_turns_are_over() -> None:
     workers = pool(lambda text: "REVISE: check the carry" if "Judge" in text else "41")
     decide, _ = deciding(*[("a", "worker"), ("b", "verifier")] * 2, ("a", "worker"))
@@ -139,6 +151,14 @@ async def test_all_failed_before_any_response_is_an_error_and_after_it_is_not() 
     session = await play(QUERY, decide, workers)
     assert session.response is not None
     assert session.response.text == "42"
+    assert session.broken is not None
+    assert session.broken.failures.keys() == {"a", "b"}
+
+
+async def test_conversation_too_long_for_one_is_for_the_next() -> None:
+    decide, _ = deciding(("a", "worker"))
+    session = await play(QUERY, decide, pool(lambda _: "LONG", lambda _: "42"), max_turns=1)
+    assert (session.turns[0].worker, session.turns[0].failed) == ("b", (("a", "context_length_exceeded"),))
 
 
 async def test_tools_go_to_workers_only_and_a_call_ends_the_session() -> None:
@@ -154,9 +174,29 @@ async def test_tools_go_to_workers_only_and_a_call_ends_the_session() -> None:
 
 
 async def test_session_can_be_watched() -> None:
-    watched = Session()
-    decide, _ = deciding(("a", "worker"))
-    assert await play(QUERY, decide, pool(lambda _: "42"), max_turns=1, session=watched) is watched
+    watched, heard = Session(), list[Turn]()
+    decide, _ = deciding(("a", "worker"), ("b", "worker"))
+    played = await play(
+        QUERY, decide, pool(lambda _: "42"), max_turns=2, session=watched, on_turn=lambda turn: heard.append(turn)
+    )
+    assert played is watched
+    assert heard == watched.turns
+
+
+@pytest.mark.parametrize(
+    ("reply", "seen"),
+    [
+        ("42", "42"),
+        ("42 <idea>carry the one</idea>", "42"),
+        ("<idea>carry</idea>\nIt is 42.", "It is 42."),
+        ("First.\n<idea>x</idea>\nSecond.", "First.\n\nSecond."),
+        ("<idea>42</idea>", "42"),
+        ("</idea> 42 <idea>", "</idea> 42 <idea>"),
+        ("42 <idea>cut off", "42 <idea>cut off"),
+    ],
+)
+def test_caller_sees_no_ideas(reply: str, seen: str) -> None:
+    assert roles.answer_text(reply) == seen
 
 
 @pytest.mark.parametrize(
