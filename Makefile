@@ -46,7 +46,7 @@ test-vllm:
 	sh tests/vllm/run.sh
 
 bench: setup
-	@for script in $$(grep -l -e '--quick' benchmarks/*.py); do echo "== $$script"; $(PY) $$script --quick || exit 1; done
+	@for script in $$(grep -l 'add_argument("--quick"' benchmarks/*.py); do echo "== $$script"; $(PY) $$script --quick || exit 1; done
 
 clean:
 	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
