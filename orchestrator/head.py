@@ -24,12 +24,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from actors.errors import CheckpointError
+from orchestrator.choice import ROLES as ROLES
+from orchestrator.choice import pick as pick
 
 FORMAT = "fugu-router"
 # Version 1 read one layer at one position, under "layer" and "position"; it is still read.
 FORMAT_VERSION = 2
 _METADATA = ("workers", "backbone", "revision", "prompt_format", "roles", "trained")
-ROLES = ("worker", "thinker", "verifier")  # order of the three extra logits, as in the authors' code
 
 Position = Literal["penultimate", "last", "mean", "body"]
 PromptFormat = Literal["chat", "raw"]
@@ -113,20 +114,6 @@ def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
     if not bool(torch.isfinite(masked[allowed]).all()):
         raise ValueError("the logits are not finite")
     return torch.softmax(masked, dim=-1)
-
-
-def pick(probabilities: Sequence[float], draw: float | None) -> int:
-    """Index of the most probable entry (the first of equals) if `draw` is None, else the entry in whose share
-    of [0, 1) `draw` falls. An entry of probability 0 is never picked."""
-    if draw is None:
-        return max(range(len(probabilities)), key=probabilities.__getitem__)
-    possible = [index for index, probability in enumerate(probabilities) if probability > 0]
-    remaining = draw * math.fsum(probabilities)
-    for index in possible:
-        remaining -= probabilities[index]
-        if remaining < 0:
-            return index
-    return possible[-1]  # rounding left a sliver at the end
 
 
 def save_checkpoint(path: Path | str, checkpoint: Checkpoint) -> None:

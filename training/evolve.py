@@ -9,104 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from hashlib import sha256
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from torch import Tensor
-
-from actors.errors import CheckpointError, ConfigError
-from actors.messages import Message
-from actors.model_files import EMBEDDED_ALIAS, cache_dir, resolve_model
-from orchestrator.backbone import Backbone, Device
-from orchestrator.head import FINAL, CheckpointInfo, PromptFormat, Read, load_checkpoint, save_checkpoint
+from actors.errors import ConfigError
+from orchestrator.head import load_checkpoint, save_checkpoint
 from training.curves import draw_curves, shown
-from training.evolution import Evolution, Settings
-from training.features import features
-from training.fitness import Worth
+from training.evolution import Evolution
 from training.generations import Course, Found, Player, evolve
-from training.outcomes import Task, read_outcomes
+from training.outcomes import read_outcomes
 from training.players import RecordedPlayer, known_results
 from training.policy import Policy, from_checkpoint, from_zeros
-from training.rollout import Choose, Mode
+from training.start import EvolveRun, Reading, identity_of, read, reading_of, some
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+__all__ = ["EvolveReport", "EvolveRun", "Reading", "run"]
+
 # TRINITY §A: episodes per candidate and generation.
 LIVE_SIZE = 16
 VALIDATION_TASKS = 300
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How tasks are read. `backbone` is a name or folder (None: the start's, or the embedded model). `reads` and
-    `prompt_format` are for a start from zeros; a checkpoint brings its own."""
-
-    backbone: str | None = None
-    reads: tuple[Read, ...] = FINAL
-    prompt_format: PromptFormat = "chat"
-    max_tokens: int = 1024
-    device: Device = "auto"
-
-
-@dataclass(frozen=True)
-class EvolveRun:
-    """What to evolve and on what.
-
-    `out` is the checkpoint to write. `outcomes` is a folder of recorded outcomes; its tasks are also those of live
-    sessions where `config` is given. With `config` the rollouts are live sessions of `mode` through the provider
-    actors of that configuration, played with `session`; `address` is the Ray to join (None: start one), `concurrency`
-    the sessions played at once (None: twice what the workers' limits allow). `checkpoint` is the start (usually by
-    SFT), None starts from zeros. `workers` none: the checkpoint's, else all of the outcomes or configuration.
-
-    `size` tasks per candidate and generation: None is all of `split` for recorded outcomes, where a look-up costs
-    nothing, and 16 for live sessions. At most `validation_tasks` of `val_split` validate (None: all recorded, 300
-    live). `racing` stops hopeless candidates early (None: in live sessions with roles). `max_calls` and `budget_usd`
-    end a live run cleanly; what is in flight then still comes in. `reward` replaces the tasks' own graders:
-    `module:function`, called with task and response.
-    """
-
-    out: Path
-    outcomes: Path
-    config: Path | None = None
-    workers: tuple[str, ...] = ()
-    checkpoint: Path | None = None
-    split: str = "train"
-    val_split: str = "val"
-    mode: Mode = "fugu"
-    generations: int = 60
-    size: int | None = None
-    samples: int = 1
-    search: Settings = field(default_factory=Settings)
-    worth: Worth = field(default_factory=Worth)
-    choose: Choose = "argmax"
-    racing: bool | None = None
-    validate_every: int = 5
-    validation_tasks: int | None = None
-    max_excluded: float = 0.2
-    max_turns: int = 5
-    max_tokens: int | None = None
-    temperature: float | None = None
-    guard: bool = True
-    reward: str | None = None
-    concurrency: int | None = None
-    max_calls: int | None = None
-    budget_usd: float | None = None
-    reading: Reading = field(default_factory=Reading)
-    address: str | None = None
-    resume: bool = False
-    progress: bool = True
-
-    @property
-    def folder(self) -> Path:
-        return self.out.with_name(f"{self.out.stem}.evolve")
-
-    @property
-    def turns(self) -> int:
-        return self.max_turns if self.mode == "fugu-trinity" else 1
 
 
 @dataclass(frozen=True)
@@ -223,11 +147,14 @@ def prepared(settings: EvolveRun) -> Iterator[tuple[Policy, Player, dict[str, An
         )
     start = None if settings.checkpoint is None else load_checkpoint(settings.checkpoint)
     if settings.config is not None:
+        # Only live sessions need Ray.
         from training.live import live
 
         with live(settings, start) as prepared_live:
             yield prepared_live
         return
+    if settings.outcomes is None:
+        raise ConfigError("there is nothing to evolve on: give --outcomes, or --config for live sessions")
     found = read_outcomes(settings.outcomes)
     workers = settings.workers or (start.info.workers if start is not None else found.workers)
     usd = settings.worth.usd > 0
@@ -241,80 +168,13 @@ def prepared(settings: EvolveRun) -> Iterator[tuple[Policy, Player, dict[str, An
         rows = some(len(held.tasks), settings.validation_tasks, settings.search.seed)
         held, held_table = type(held)(tuple(held.tasks[row] for row in rows), held.outcomes), held_table.part(rows)
     info = reading_of(settings, start.info if start is not None else None, workers)
-    hidden, held_hidden = read(info, settings.reading, (train.tasks, held.tasks))
+    hidden, held_hidden = read(info, settings, (train.tasks, held.tasks), start.singular if start is not None else {})
     base = from_zeros(info, hidden) if start is None else from_checkpoint(start, hidden, workers=workers, roles=False)
     policy = Policy(base)
     player = RecordedPlayer(
         policy, (hidden, train_table), (held_hidden, held_table), choose=settings.choose, seed=settings.search.seed
     )
     yield policy, player, identity_of(settings, policy, train.tasks, held.tasks, train_table.scores, held_table.scores)
-
-
-def reading_of(settings: EvolveRun, info: CheckpointInfo | None, workers: tuple[str, ...]) -> CheckpointInfo:
-    """The way of reading, the start's or the settings'."""
-    if info is not None:
-        return info
-    reading = settings.reading
-    files = resolve_model(reading.backbone or EMBEDDED_ALIAS)
-    roles = settings.mode == "fugu-trinity"
-    return CheckpointInfo(tuple(workers), files.id, files.revision, reading.reads, reading.prompt_format, roles)
-
-
-def read(info: CheckpointInfo, reading: Reading, groups: tuple[tuple[Task, ...], ...]) -> list[Tensor]:
-    """Hidden states of each group of tasks, as the router sees them when they are asked; cached on disk."""
-    backbone = load_backbone(info, reading)
-    talks = [(Message("user", task.prompt),) for group in groups for task in group]
-    states = features(
-        backbone,
-        talks,
-        prompt_format=info.prompt_format,
-        max_tokens=reading.max_tokens,
-        revision=f"{info.backbone}@{info.revision}",
-        cache=cache_dir() / "features.sqlite",
-    )
-    return list(states.split([len(group) for group in groups]))
-
-
-def load_backbone(info: CheckpointInfo, reading: Reading) -> Backbone:
-    """The backbone that `info` names, from where `reading` says.
-
-    Raises:
-        CheckpointError: another backbone or revision is there.
-    """
-    files = resolve_model(reading.backbone or info.backbone, revision=info.revision)
-    if (files.id, files.revision) != (info.backbone, info.revision):
-        raise CheckpointError(
-            f"the start was trained on the backbone {info.backbone}, revision {info.revision}; "
-            f"this is {files.id}, {files.revision}"
-        )
-    return Backbone.load(files.folder, reads=info.reads, device=reading.device)
-
-
-def some(count: int, wanted: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """A fixed choice of `wanted` among `count`, in order."""
-    return np.sort(np.random.default_rng([seed, 4]).permutation(count)[:wanted])
-
-
-def identity_of(
-    settings: EvolveRun, policy: Policy, train: tuple[Task, ...], held: tuple[Task, ...], *tables: Any
-) -> dict[str, Any]:
-    """Everything that decides the course of a run, small enough to be told where it differs."""
-    digest = sha256()
-    for task in (*train, *held):
-        digest.update(f"{task.task_id}\0{task.prompt}\0{task.reference}\0{task.grader}\n".encode())
-    for table in tables:
-        digest.update(np.ascontiguousarray(table).tobytes())
-    keys = ("mode", "size", "samples", "choose", "racing", "validate_every", "max_excluded", "max_turns", "max_tokens")
-    more = ("temperature", "guard", "reward")
-    return {key: getattr(settings, key) for key in (*keys, *more)} | {
-        "search": str(settings.search),
-        "worth": str(settings.worth),
-        "workers": policy.workers,
-        "tasks": (len(train), len(held)),
-        "data": digest.hexdigest()[:16],
-        "start": sha256(policy.vector().tobytes()).hexdigest()[:16],
-        "backbone": f"{policy.base.info.backbone}@{policy.base.info.revision}",
-    }
 
 
 def how_trained(settings: EvolveRun, policy: Policy, course: Course, found: Found) -> dict[str, Any]:

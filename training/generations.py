@@ -142,7 +142,10 @@ def evolve(
         _check_free(path, course.generations)
         # A start in float32 is one that a checkpoint can hold.
         start = rounded(start)
-        value, _ = _validated(player, start, course)
+        try:
+            value, _ = _validated(player, start, course)
+        except BudgetReachedError as error:
+            raise ConfigError(f"the budget is too small to validate even the start: {error.message}") from error
         search, state = Evolution(start, course.search), _State(dict(identity), start, value, value)
         search.save(path, {"state": state})
     stopped = ""

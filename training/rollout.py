@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from actors.errors import DataError, FuguError, GradingError, WorkerError
 from actors.messages import ChatReply, ChatRequest, Message, Worker
 from orchestrator import coordinator
+from orchestrator.choice import ROLES, pick
 from orchestrator.coordinator import Session
-from orchestrator.head import ROLES, pick
 from training.grading import graded
 from training.outcomes import Task
 

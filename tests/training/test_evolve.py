@@ -1,4 +1,4 @@
-"""Evolution on recorded outcomes, end to end: better than its start, resumable to the bit, and clear about bad input."""
+"""Evolution on recorded outcomes: better than its start, resumable to the bit, and clear about bad input."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from orchestrator.head import Checkpoint, CheckpointInfo, load_checkpoint, save_
 from tests.orchestrator.tiny import tiny_folder
 from tests.training.problems import WORKERS, world
 from training.evolution import Settings
-from training.evolve import EvolveRun, Reading, read, reading_of, run
+from training.evolve import EvolveRun, Reading, run
 from training.fitness import Worth
 from training.generations import Course, Spent, evolve
 from training.outcomes import Outcomes, read_outcomes, write_outcomes
@@ -31,6 +31,7 @@ from training.players import RecordedPlayer, Table
 from training.policy import Policy
 from training.rollout import Draw, Rollouts
 from training.sft import SftSettings, train
+from training.start import read, reading_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REFERENCE = Path(__file__).with_name("evolution_reference.json")
@@ -66,7 +67,7 @@ def sft_start(place: Path, out: Path, *, tau: float = 0.25, epochs: int = 15) ->
     one = settings(place, out)
     found = read_outcomes(place / "outcomes").split("train")
     info = reading_of(one, None, WORKERS)
-    (hidden,) = read(info, one.reading, (found.tasks,))
+    (hidden,) = read(info, one, (found.tasks,), {})
     result = train(hidden, torch.from_numpy(found.scores(WORKERS)), SftSettings(tau=tau, epochs=epochs))
     save_checkpoint(out / "sft.safetensors", Checkpoint(info, result.weight, result.shift, result.scale))
     return out / "sft.safetensors"
@@ -91,7 +92,7 @@ def test_from_zeros_to_a_checkpoint_that_routes(place: Path, tmp_path: Path) -> 
     assert shipped.info.trained["validation"]["best"] == report.best
     # What was validated is what was written.
     held = read_outcomes(place / "outcomes").split("val")
-    (hidden,) = read(shipped.info, one.reading, (held.tasks,))
+    (hidden,) = read(shipped.info, one, (held.tasks,), {})
     chosen = shipped.logits(hidden).argmax(-1).numpy()
     assert held.scores(WORKERS)[np.arange(len(chosen)), chosen].mean() == pytest.approx(report.best)
     assert (report.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
