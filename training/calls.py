@@ -39,7 +39,7 @@ class CallStore:
                 row = (key, task_id, usd, pickle.dumps(reply, protocol=5))
                 made = self._file.execute("INSERT OR IGNORE INTO calls VALUES (?, ?, ?, ?)", row).rowcount
                 self.calls += made
-                self.usd += usd or 0.0
+                self.usd += (usd or 0.0) * made
 
     def of(self, task_id: str) -> dict[Key, ChatReply]:
         """All answers to calls made for a task."""

@@ -131,7 +131,7 @@ def test_sessions_with_roles(ray_session: None, place: Path, tmp_path: Path, ups
         tmp_path,
         configured(tmp_path, upstream),
         mode="fugu-trinity",
-        generations=3,
+        generations=2,
         max_turns=3,
         choose="sample",
     )
@@ -152,13 +152,12 @@ def test_sessions_with_roles(ray_session: None, place: Path, tmp_path: Path, ups
     assert min(kinds["worker"], kinds["thinker"], kinds["verifier"]) > 0
     # Played again from what was paid for, it is the same run and costs nothing.
     upstream.clear()
-    again = run(replace(one, resume=True, generations=3))
-    assert (again.best, again.calls) == (report.best, report.calls)
-    (report.folder / "state.pkl").unlink()
     anew = run(one)
     assert asked(upstream) == {}
-    assert anew.best == report.best
-    assert repeatable(anew.folder / "history.jsonl") == rows
+    assert (anew.best, anew.calls) == (report.best, report.calls)
+    for row in rows:
+        del row["calls"], row["usd"]
+    assert [{key: row[key] for key in rows[0]} for row in repeatable(anew.folder / "history.jsonl")] == rows
 
 
 def with_marker(place: Path, tmp_path: Path) -> Path:
@@ -208,7 +207,7 @@ def test_what_is_wrong_is_named_before_money_is_spent(
     ray_session: None, place: Path, tmp_path: Path, upstream: LoopbackProvider
 ) -> None:
     config = configured(tmp_path, upstream)
-    with pytest.raises(ConfigError, match="no reward function tests.training.rewards:nothing"):
+    with pytest.raises(ConfigError, match=r"no reward function tests\.training\.rewards:nothing"):
         run(settings(place, tmp_path, config, reward="tests.training.rewards:nothing"))
     with pytest.raises(ConfigError, match="no worker nobody"):
         run(settings(place, tmp_path, config, workers=("nobody",)))
@@ -216,7 +215,7 @@ def test_what_is_wrong_is_named_before_money_is_spent(
         run(settings(place, tmp_path, config, split="dev"))
     assert upstream.total == 0
     upstream.by_model["words"] = Behaviour(status=500, error="the model is on fire")
-    with pytest.raises(DataError, match="worker words cannot answer: .*the model is on fire"):
+    with pytest.raises(DataError, match=r"worker words cannot answer: .*the model is on fire"):
         run(settings(place, tmp_path, config))
     assert asked(upstream) == {}
 
@@ -224,9 +223,6 @@ def test_what_is_wrong_is_named_before_money_is_spent(
 def test_a_worker_that_begins_to_fail_stops_the_run_with_its_name(
     ray_session: None, place: Path, tmp_path: Path, upstream: LoopbackProvider
 ) -> None:
-    def fails(request: Recorded) -> str:
-        raise RuntimeError
-
     config = configured(tmp_path, upstream, sums={"breaker": {"failures": 500}})
     upstream.by_model["sums"] = Behaviour(status=500, error="out of order")
     upstream.enqueue(Behaviour(text="ready", usage=Usage(1, 1)))
