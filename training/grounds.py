@@ -16,7 +16,7 @@ from training.ground_families import GROUNDS, Family
 from training.outcomes import Task
 from training.splits import split_of
 
-TRIES = 20_000
+TRIES = 3_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ def problem_at(ground: str, index: int, *, seed: int, split: str) -> Problem:
 
 
 def ground_tasks(grounds: Sequence[str], *, count: int, seed: int, split: str | None = "test") -> list[Task]:
-    """`count` tasks of each ground, its families in turn, no prompt twice. `split` None takes all splits as they come.
-    Equal arguments give equal tasks.
+    """`count` tasks of each ground, its families in turn while they have more, no prompt twice. `split` None takes all
+    splits as they come. Equal arguments give equal tasks.
 
     Raises:
         DataError: an unknown ground, or one without so many different problems.
@@ -75,16 +75,29 @@ def ground_tasks(grounds: Sequence[str], *, count: int, seed: int, split: str | 
         families = list(_families(ground))
         rng = random.Random(f"{ground} {seed} {split}")
         made: dict[str, Problem] = {}
-        for _ in range(TRIES + 100 * count):
-            if len(made) == count:
-                break
-            problem = make_problem(ground, families[len(made) % len(families)], rng)
-            if split in (None, problem.split):
-                made.setdefault(problem.prompt, problem)
-        else:
-            raise DataError(f"{ground} has not {count} different problems in the split {split}")
+        turn = 0
+        while len(made) < count:
+            if not families:
+                raise DataError(f"{ground} has not {count} different problems in the split {split}")
+            turn %= len(families)
+            if found := _another(ground, families[turn], rng, split, made):
+                made[found.prompt] = found
+                turn += 1
+            else:
+                del families[turn]  # it is small, and all of it is there already
         tasks += [problem.task(f"{ground}-{seed}-{n:04d}", ground) for n, problem in enumerate(made.values())]
     return tasks
+
+
+def _another(
+    ground: str, family: str, rng: random.Random, split: str | None, made: Mapping[str, Problem]
+) -> Problem | None:
+    """A problem of this split that is not there yet; None if many draws found none."""
+    for _ in range(TRIES):
+        problem = make_problem(ground, family, rng)
+        if split in (None, problem.split) and problem.prompt not in made:
+            return problem
+    return None
 
 
 def _families(ground: str) -> Mapping[str, Family]:

@@ -84,6 +84,7 @@ def load_tasks(sources: Sequence[str], settings: TaskSource | None = None) -> li
 
         reasoning-gym[:FAMILY,...]     all usable families, or these
         embedded[:FAMILY,...]          the families for very small models (training.families)
+        grounds[:GROUND,...]           the specialists' grounds (training.grounds); `count` of each ground
         PATH.jsonl | PATH.parquet      a file of the user's own
         FOLDER                         the tasks of an outcomes folder
         hub:NAME[:SUBSET][@PART]       a Hugging Face data set, or a folder with its files
@@ -116,6 +117,12 @@ def _load(source: str, settings: TaskSource) -> list[Task]:
         made = family_tasks(families or list(FAMILIES), count=settings.count, seed=settings.seed)
         # Split by hash like all others, so that runs with other seeds do not mix train and test.
         return [replace(task, split=settings.columns.split or split_of(task.prompt)) for task in made]
+    if kind == "grounds":
+        from training.ground_families import GROUNDS
+        from training.grounds import ground_tasks
+
+        made = ground_tasks(families or list(GROUNDS), count=settings.count, seed=settings.seed, split=None)
+        return [replace(task, split=settings.columns.split or task.split) for task in made]
     if kind == "hub":
         name, _, part = detail.partition("@")
         name, _, subset = name.partition(":")
@@ -130,8 +137,8 @@ def _load(source: str, settings: TaskSource) -> list[Task]:
     if path.is_dir():
         return list(read_tasks(path))
     raise DataError(
-        f"{source} is no source of tasks: give reasoning-gym[:family,...], embedded[:family,...], hub:name, a .jsonl "
-        "or .parquet file, or an outcomes folder"
+        f"{source} is no source of tasks: give reasoning-gym[:family,...], embedded[:family,...], "
+        "grounds[:ground,...], hub:name, a .jsonl or .parquet file, or an outcomes folder"
     )
 
 

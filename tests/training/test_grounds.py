@@ -14,6 +14,7 @@ from actors.model_files import resolve_model
 from training.grading import check_task, grade
 from training.ground_families import DAYS, GROUNDS, SIDES
 from training.grounds import Problem, ground_tasks, make_problem, problem_at
+from training.tasks import Columns, TaskSource, load_tasks
 
 ALL = [(ground, family) for ground in GROUNDS for family in GROUNDS[ground]]
 
@@ -141,6 +142,21 @@ def test_tasks_are_repeatable_distinct_and_of_every_family() -> None:
     assert {task.split for task in ground_tasks(["logic"], count=60, seed=1, split=None)} == {"train", "val", "test"}
 
 
+def test_grounds_are_a_source_of_tasks_for_labelling() -> None:
+    tasks = load_tasks(["grounds:words,logic"], TaskSource(count=30, seed=4))
+    assert Counter(task.domain for task in tasks) == {"words": 30, "logic": 30}
+    assert tasks == ground_tasks(["words", "logic"], count=30, seed=4, split=None)
+    as_test = load_tasks(["grounds:words"], TaskSource(count=3, columns=Columns(split="test")))
+    assert {task.split for task in as_test} == {"test"}
+
+
+def test_a_small_family_leaves_its_place_to_the_others() -> None:
+    tasks = ground_tasks(["logic"], count=200, seed=1)
+    counts = Counter(task.dataset for task in tasks)
+    assert len({task.prompt for task in tasks}) == 200
+    assert 5 <= counts["turn"] < 20 < counts["race"]
+
+
 def test_what_cannot_be_made_is_named() -> None:
     with pytest.raises(DataError, match="no ground poems; there are arithmetic, "):
         ground_tasks(["poems"], count=1, seed=0)
@@ -148,6 +164,8 @@ def test_what_cannot_be_made_is_named() -> None:
         problem_at("poems", 0, seed=0, split="train")
     with pytest.raises(DataError, match=r"no problem of logic .* is in the split dev"):
         problem_at("logic", 0, seed=0, split="dev")
+    with pytest.raises(DataError, match="logic has not 3 different problems in the split dev"):
+        ground_tasks(["logic"], count=3, seed=0, split="dev")
 
 
 @pytest.mark.model
