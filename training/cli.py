@@ -291,6 +291,58 @@ def evolve(
         tell(room.run(settings), json)
 
 
+@train.command(
+    epilog="Examples:  [bold]fugu train add-worker newcomer --outcomes outcomes/ --checkpoint router.safetensors "
+    "--out wider.safetensors[/]   ·   first its labels: [bold]fugu label -c pool.yaml --out outcomes/ "
+    "--workers newcomer --max-requests 300[/]"
+)
+def add_worker(
+    worker: Annotated[str, typer.Argument(help="The newcomer, as the outcomes call it.")],
+    outcomes: Outcomes,
+    checkpoint: Annotated[Path, typer.Option(help="The head without it.", metavar="FILE")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The checkpoint to write.", metavar="FILE")],
+    split: Annotated[str, typer.Option(help="The tasks to learn from.")] = "train",
+    val_split: Annotated[str, typer.Option(help="The tasks to measure on.")] = "val",
+    tasks: Annotated[
+        int | None, typer.Option(min=1, help="Learn from so many of its tasks.", show_default="all")
+    ] = None,
+    tau: Annotated[float | None, typer.Option(help="Softness of the targets.", show_default="the head's")] = None,
+    weight_decay: Annotated[float | None, typer.Option(min=0, show_default="the head's")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="For its row.", show_default="the head's")] = None,
+    polish: Annotated[int, typer.Option(min=0, help="Epochs for all rows together, at the end.")] = 30,
+    retrain: Annotated[bool, typer.Option("--retrain/--no-retrain", help="Compare with training all anew.")] = True,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    backbone: Annotated[str | None, typer.Option(help="What reads the tasks.", show_default="the checkpoint's")] = None,
+    device: Annotated[Device, typer.Option(help="Where the backbone runs.")] = "auto",
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Add a worker to a trained head by fitting its row only, then polishing all rows for a moment."""
+    with explained():
+        check_json(json)
+        from training import add_worker as room
+
+        settings = room.AddWorkerRun(
+            worker,
+            outcomes,
+            checkpoint,
+            out,
+            split,
+            val_split,
+            tasks,
+            tau,
+            weight_decay,
+            epochs,
+            polish,
+            retrain=retrain,
+            seed=seed,
+            backbone=backbone,
+            device=device,
+            progress=not quiet,
+        )
+        tell(room.run(settings), json)
+
+
 @app.command(
     "eval",
     epilog="Examples:  [bold]fugu eval --outcomes outcomes/ --checkpoint router.safetensors[/]   ·   "

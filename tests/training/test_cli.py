@@ -18,12 +18,12 @@ from actors.errors import FuguError
 from orchestrator.head import Checkpoint, CheckpointInfo, load_checkpoint, save_checkpoint
 from tests.orchestrator.tiny import tiny_folder
 from tests.training.problems import WORKERS, world
-from training import evaluate, evolve, label, train_sft
+from training import add_worker, evaluate, evolve, label, train_sft
 from training.commands import reads
 from training.outcomes import Outcomes, read_outcomes, write_outcomes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COMMANDS = (("label",), ("train", "sft"), ("train", "evolve"), ("eval",))
+COMMANDS = (("label",), ("train", "sft"), ("train", "evolve"), ("train", "add-worker"), ("eval",))
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +154,11 @@ class SeenError(FuguError):
         (label, ("label", "--out", "O"), label.LabelRun(fugu.EMBEDDED, Path("O"))),
         (train_sft, ("train", "sft", "--outcomes", "D", "--out", "O"), train_sft.SftRun(Path("D"), Path("O"))),
         (evolve, ("train", "evolve", "--outcomes", "D", "--out", "O"), evolve.EvolveRun(Path("O"), Path("D"))),
+        (
+            add_worker,
+            ("train", "add-worker", "w", "--outcomes", "D", "--checkpoint", "C", "--out", "O"),
+            add_worker.AddWorkerRun("w", Path("D"), Path("C"), Path("O")),
+        ),
         (evaluate, ("eval", "--outcomes", "D"), evaluate.EvalRun(Path("D"))),
     ],
 )
@@ -228,7 +233,7 @@ def test_help_shows_examples(command: tuple[str, ...]) -> None:
     code, output = told(*command, "--help")
     assert code == 0
     assert "Examples:" in output
-    assert f"fugu {' '.join(command)} --" in output
+    assert f"fugu {' '.join(command)} " in output.partition("Examples:")[2]
 
 
 def test_the_command_line_imports_nothing_heavy() -> None:
