@@ -57,7 +57,7 @@ from training.rollout import Draw, Rollouts, SessionSettings
 Vector = NDArray[np.float64]
 WORKERS = tuple(f"worker-{number}" for number in range(7))
 DIMENSION = 1024
-ROLES_SESSION = SessionSettings("fugu-trinity", choose="sample")
+ROLES_SESSION = SessionSettings("fugu-trinity", max_turns=3, choose="sample")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def efficiency(latency: float, states: Any, *, slots: int, sessions: int, lanes:
             durations[task_id] += reply.timing.total_s
 
     rng = np.random.default_rng(slots)
-    groups = [Group(task, 0, rng.random((5, 2)), ((n, 0),)) for n, task in enumerate(tasks)]
+    groups = [Group(task, 0, rng.random((3, 2)), ((n, 0),)) for n, task in enumerate(tasks)]
     heads = np.zeros((1, len(WORKERS) + 3, DIMENSION))
     fan_out = FanOut(context(latency, states), slots, lanes, lambda _task: {}, note)
     began, cpu = time.perf_counter(), time.process_time()
@@ -186,7 +186,7 @@ def overhead(latency: float, states: Any, *, generations: int, lanes: int, folde
     fan_out = FanOut(context(latency, states), 256, lanes, store.of, store.add)
     hidden = torch.zeros(len(train), DIMENSION), torch.zeros(len(held), DIMENSION)
     player = Timed(policy, (train, hidden[0]), (held, hidden[1]), ROLES_SESSION, fan_out, store)
-    course = Course(Settings(), generations=generations, size=16, turns=5, validate_every=generations)
+    course = Course(Settings(), generations=generations, size=16, turns=3, validate_every=generations)
     began = time.perf_counter()
     found = evolve(player, policy.vector(), course, folder / "state.pkl", identity={})
     wall = time.perf_counter() - began
@@ -286,7 +286,7 @@ def main() -> None:
             simulated: Any = SimulatedStates
             states = simulated.remote()
             carried = rate(lanes, 2048 if quick else 16384)  # starts the lanes' processes too
-            shapes = ((32, 96), (256, 768)) if quick else ((16, 160), (64, 640), (256, 2560))
+            shapes = ((32, 64), (256, 512)) if quick else ((16, 160), (64, 640), (256, 2560))
             rows = [efficiency(latency, states, slots=w, sessions=count, lanes=lanes) for w, count in shapes]
             generation = overhead(latency, states, generations=1 if quick else 4, lanes=lanes, folder=Path(work))
     finally:

@@ -13,15 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from actors.errors import ConfigError
-from orchestrator.head import load_checkpoint, save_checkpoint
+from orchestrator.backbone import Backbone
+from orchestrator.head import Checkpoint, load_checkpoint, save_checkpoint
+from training.adapted import AdaptedBackbone, AdaptedPlayer
 from training.curves import draw_curves, shown
 from training.evolution import Evolution
 from training.generations import Course, Found, Player, evolve
-from training.outcomes import read_outcomes
+from training.outcomes import Task, read_outcomes
 from training.players import RecordedPlayer, known_results
+from training.players import Table as Known
 from training.policy import Policy, from_checkpoint, from_zeros
-from training.start import EvolveRun, Reading, identity_of, read, reading_of, some
+from training.start import EvolveRun, Reading, backbone_files, identity_of, read, reading_of, some
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -150,6 +156,8 @@ def prepared(settings: EvolveRun) -> Iterator[tuple[Policy, Player, dict[str, An
         # Only live sessions need Ray.
         from training.live import live
 
+        if settings.singular is not None:
+            raise ConfigError("singular values are evolved on recorded outcomes, not in live sessions")
         with live(settings, start) as prepared_live:
             yield prepared_live
         return
@@ -170,11 +178,28 @@ def prepared(settings: EvolveRun) -> Iterator[tuple[Policy, Player, dict[str, An
     info = reading_of(settings, start.info if start is not None else None, workers)
     hidden, held_hidden = read(info, settings, (train.tasks, held.tasks), start.singular if start is not None else {})
     base = from_zeros(info, hidden) if start is None else from_checkpoint(start, hidden, workers=workers, roles=False)
-    policy = Policy(base)
-    player = RecordedPlayer(
-        policy, (hidden, train_table), (held_hidden, held_table), choose=settings.choose, seed=settings.search.seed
-    )
+    policy, player = _player(settings, base, (train.tasks, hidden, train_table), (held.tasks, held_hidden, held_table))
     yield policy, player, identity_of(settings, policy, train.tasks, held.tasks, train_table.scores, held_table.scores)
+
+
+def _player(
+    settings: EvolveRun,
+    base: Checkpoint,
+    train: tuple[tuple[Task, ...], Tensor, Known],
+    held: tuple[tuple[Task, ...], Tensor, Known],
+) -> tuple[Policy, Player]:
+    seed = settings.search.seed
+    if settings.singular is None:
+        policy = Policy(base)
+        return policy, RecordedPlayer(policy, train[1:], held[1:], choose=settings.choose, seed=seed)
+    info, device = base.info, settings.reading.device
+    folder = backbone_files(info, settings.reading).folder
+    stored = Backbone.load(folder, reads=info.reads, device=device, dtype=torch.float32)
+    running = Backbone.load(folder, reads=info.reads, device=device, singular=base.singular or None)
+    adapted = AdaptedBackbone(stored, running, settings.singular)
+    policy = Policy(base, tuple(adapted.sizes.items()))
+    max_tokens = settings.reading.max_tokens
+    return policy, AdaptedPlayer(policy, adapted, train, held, max_tokens=max_tokens, choose=settings.choose, seed=seed)
 
 
 def how_trained(settings: EvolveRun, policy: Policy, course: Course, found: Found) -> dict[str, Any]:

@@ -86,14 +86,17 @@ class RecordedPlayer:
         return self._policy.workers
 
     def play(self, thetas: Vector, drawn: Draw) -> Rollouts:
-        draws = drawn.uniforms[:, 0, 0] if self._sampled else None
-        return self._played(thetas, self._features[drawn.tasks], self._table.part(drawn.tasks), draws)
+        table, draws = self._table.part(drawn.tasks), self._sampled_draws(drawn)
+        return self._played(thetas, self._features[drawn.tasks], table, draws)
 
     def validate(self, theta: Vector) -> Rollouts:
         return self._played(theta[None], self._held, self._held_table, self._draws if self._sampled else None)
 
     def spent(self) -> Spent:
         return Spent()
+
+    def _sampled_draws(self, drawn: Draw) -> Vector | None:
+        return drawn.uniforms[:, 0, 0] if self._sampled else None
 
     def _played(self, thetas: Vector, features: Vector, table: Table, draws: Vector | None) -> Rollouts:
         logits = self._policy.logits(thetas, features)

@@ -116,16 +116,16 @@ def looked_up(chosen: NDArray[np.int64], scores: Vector, costs: Vector) -> Rollo
     return Rollouts(reward, turns, np.where(known, costs[column, chosen], np.nan), counts.astype(np.int64))
 
 
-def merged(parts: Sequence[Rollouts]) -> Rollouts:
-    """The same candidates on more tasks."""
+def merged(parts: Sequence[Rollouts], axis: int = 1) -> Rollouts:
+    """One of several: the same candidates on more tasks, or with `axis` 0 more candidates on the same tasks."""
     excluded: Counter[str] = Counter()
     for part in parts:
         excluded.update(part.excluded)
     return Rollouts(
-        np.concatenate([part.reward for part in parts], axis=1),
-        np.concatenate([part.turns for part in parts], axis=1),
-        np.concatenate([part.cost_usd for part in parts], axis=1),
-        np.concatenate([part.chosen for part in parts], axis=1),
+        np.concatenate([part.reward for part in parts], axis=axis),
+        np.concatenate([part.turns for part in parts], axis=axis),
+        np.concatenate([part.cost_usd for part in parts], axis=axis),
+        np.concatenate([part.chosen for part in parts], axis=axis),
         dict(excluded),
     )
 

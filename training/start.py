@@ -51,7 +51,8 @@ class EvolveRun:
     live). `racing` stops hopeless candidates early (None: in live sessions with roles). `max_calls` and `budget_usd`
     count all runs of this folder and end a live one at its last whole generation; calls in flight then are cancelled,
     and may have been paid for. `reward` replaces the tasks' own graders:
-    `module:function`, called with task and response.
+    `module:function`, called with task and response. `singular` also evolves the singular values of that layer of the
+    backbone (0-based, negative from the end; recorded outcomes only): it then runs for every candidate and task.
     """
 
     out: Path
@@ -81,6 +82,7 @@ class EvolveRun:
     concurrency: int | None = None
     max_calls: int | None = None
     budget_usd: float | None = None
+    singular: int | None = None
     reading: Reading = field(default_factory=Reading)
     address: str | None = None
     resume: bool = False
@@ -151,7 +153,7 @@ def identity_of(
     for table in tables:
         digest.update(np.ascontiguousarray(table).tobytes())
     keys = ("mode", "size", "samples", "choose", "racing", "validate_every", "max_excluded", "max_turns", "max_tokens")
-    more = ("temperature", "guard", "reward")
+    more = ("temperature", "guard", "reward", "singular")
     return {key: getattr(settings, key) for key in (*keys, *more)} | {
         "search": str(settings.search),
         "worth": str(settings.worth),
