@@ -31,6 +31,7 @@ from actors.config import FuguConfig, Replicas
 from actors.errors import ConfigError, FuguError
 from actors.pool import WorkerPool
 from serve.auth import check_bind
+from serve.checkpoint import why_no_roles
 from serve.gateway import GatewayReplica
 from serve.router import RouterReplica
 
@@ -47,7 +48,7 @@ LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 def build_app(config: FuguConfig, *, gpu: bool = False) -> serve.Application:
     """Gateway and, where there is something to decide, router. `gpu`: the cluster has one for the router.
 
-    Without a checkpoint, or with one worker left, no router is deployed.
+    Without a checkpoint, or with one worker left and no roles, no router is deployed.
     """
     settings = config.serve
     router = None
@@ -68,11 +69,13 @@ def build_app(config: FuguConfig, *, gpu: bool = False) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.25,
         **_replicas(settings.gateway_replicas),
     )(serve.ingress()(GatewayReplica))
-    return gateway.bind(config, router)
+    return gateway.bind(config, router, why_no_roles(config.router))
 
 
 def needs_router(config: FuguConfig) -> bool:
-    return config.router.checkpoint is not None and len(config.active) > 1
+    """Whether there is something to decide: among workers, or what role the only one takes."""
+    several = len(config.active) > 1
+    return config.router.checkpoint is not None and (several or why_no_roles(config.router) is None)
 
 
 def _replicas(bounds: Replicas) -> dict[str, Any]:

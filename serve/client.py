@@ -79,6 +79,8 @@ def show_trace(trace: Mapping[str, Any], console: Console) -> None:
         table.add_row("→" if chosen else " ", escape(name), bar, f"{probability:6.1%}")
     console.print()
     console.print(table)
+    for number, turn in enumerate(trace.get("turns", ()), 1):
+        console.print(f"turn {number}: {turn['role']} {escape(turn['worker'])}", soft_wrap=True)
     for attempt in trace["attempts"]:
         if not attempt["ok"]:
             console.print(f"[yellow]{escape(attempt['worker'])} failed:[/] {escape(attempt['reason'])}", soft_wrap=True)

@@ -35,11 +35,20 @@ CHAT_PATH = "/v1/chat/completions"
 
 
 class Gateway:
-    """The ASGI application. At most `serve.max_ongoing_requests` chats run at once; more are told to come again."""
+    """The ASGI application. At most `serve.max_ongoing_requests` chats run at once; more are told to come again.
+    `no_roles` says why `fugu-trinity` is not served; None: it is."""
 
-    def __init__(self, config: FuguConfig, workers: Sequence[Worker], decider: Decider, readiness: Readiness) -> None:
-        self._chat = ChatEndpoint(config, workers, decider)
-        self._rest = _rest(config, readiness)
+    def __init__(
+        self,
+        config: FuguConfig,
+        workers: Sequence[Worker],
+        decider: Decider,
+        readiness: Readiness,
+        *,
+        no_roles: str | None = "no router with roles is deployed",
+    ) -> None:
+        self._chat = ChatEndpoint(config, workers, decider, no_roles=no_roles)
+        self._rest = _rest(config, readiness, no_roles)
         self._limit = config.serve.max_ongoing_requests
         self._ongoing = 0
         # Serve names its metrics after the route that matches; the busiest first.
@@ -63,8 +72,9 @@ class Gateway:
 class GatewayReplica:
     """The Serve side: finds the pool and the router, and gives Serve the ASGI application."""
 
-    def __init__(self, config: FuguConfig, router: Any | None) -> None:
+    def __init__(self, config: FuguConfig, router: Any | None, no_roles: str | None) -> None:
         self._config = config
+        self._no_roles = no_roles
         names = [spec.name for spec in config.active]
         self._pool = WorkerPool.connect(config)
         self._starting: asyncio.Task[None] | None = None
@@ -75,7 +85,7 @@ class GatewayReplica:
     def __serve_build_asgi_app__(self) -> Gateway:
         workers = [self._pool.workers[spec.name] for spec in self._config.active]
         readiness = Readiness({"workers": self._workers, "router": self._router})
-        return Gateway(self._config, workers, self._decider, readiness)
+        return Gateway(self._config, workers, self._decider, readiness, no_roles=self._no_roles)
 
     async def _workers(self) -> str | None:
         """Also gets workers going: an actor loads its models when it is first asked for them, restarted ones too."""
@@ -96,7 +106,7 @@ class GatewayReplica:
         return None if failure is None else f"failed: {failure.message}"
 
 
-def _rest(config: FuguConfig, readiness: Readiness) -> FastAPI:
+def _rest(config: FuguConfig, readiness: Readiness, no_roles: str | None) -> FastAPI:
     """Everything but the hot path."""
     app = FastAPI(title="fugu", version="1", redirect_slashes=False)
     keys = Keys(config.serve)
@@ -105,15 +115,15 @@ def _rest(config: FuguConfig, readiness: Readiness) -> FastAPI:
     def answer(body: Any, status: int = 200) -> Response:
         return Response(dumps(body), status, media_type="application/json")
 
-    @app.get("/v1/models", summary="The model that is served and its workers")
+    @app.get("/v1/models", summary="The models that are served and their workers")
     async def models(request: Request) -> Response:
         keys.check(headers_of(request.scope).get(b"authorization"))
-        return answer(models_body(config, created))
+        return answer(models_body(config, created, no_roles))
 
     @app.get("/v1/models/{name}", summary="One model")
     async def model(name: str, request: Request) -> Response:
         keys.check(headers_of(request.scope).get(b"authorization"))
-        return answer(one_model_body(config, created, name))
+        return answer(one_model_body(config, created, name, no_roles))
 
     @app.get("/healthz", summary="Whether this process answers")
     async def healthz() -> Response:

@@ -27,12 +27,13 @@ Choose = Literal["argmax", "sample"]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What the router is asked: which of `allowed` should answer this conversation."""
+    """What the router is asked: which of `allowed` should answer this conversation, and (`roles`) as what."""
 
     messages: tuple[Message, ...]
     allowed: frozenset[str]
     seed: int | None
     choose: Choose
+    roles: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,7 @@ class RouterClient:
 
     async def choose(self, question: Question) -> Choice:
         started = time.perf_counter()
-        if len(question.allowed) == 1:
+        if len(question.allowed) == 1 and not question.roles:
             return await self._order.choose(question)
         try:
             async with asyncio.timeout(self._timeout):

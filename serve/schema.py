@@ -107,12 +107,14 @@ class StreamOptionsBody(Open):
 
 
 class FuguBody(Closed):
-    """Constraints on the pool and what to tell about the decision. `tags`: a worker needs all of them."""
+    """Constraints on the pool and what to tell about the decision. `tags`: a worker needs all of them. `show_turns`:
+    the turns of a `fugu-trinity` session come as reasoning."""
 
     allow: Names | None = None
     deny: Names = ()
     tags: Names = ()
     trace: bool = False
+    show_turns: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     choose: Literal["argmax", "sample"] | None = None
 

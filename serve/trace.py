@@ -27,13 +27,14 @@ class Choice:
 
 @dataclass(slots=True)
 class Trace:
-    """Gathered while a request runs. All times in seconds."""
+    """Gathered while a request runs. All times in seconds. `turns` is of a session (`serve.api.session`), else None."""
 
     request_id: str
     started: float
     choice: Choice | None = None
     record: Record = field(default_factory=Record)
     dropped: tuple[str, ...] = ()
+    turns: list[dict[str, Any]] | None = None
 
     def body(self, reply: ChatReply | None, now: float, error: FuguError | None = None) -> dict[str, Any]:
         """The trace as JSON values; `reply` is None where no answer was completed."""
@@ -62,6 +63,8 @@ class Trace:
                 "upstream_calls": reply.attempts,
                 "cached": reply.cached,
             }
+        if self.turns is not None:
+            body["turns"] = self.turns
         if error is not None:
             body["error"] = error.envelope()["error"]
         return body

@@ -121,7 +121,28 @@ def usage_body(usage: Usage) -> dict[str, Any]:
     }
 
 
-def reply_body(reply: ChatReply, *, id: str, created: int, model: str, trace: Mapping[str, Any] | None) -> bytes:
+def session_usage_body(visible: Usage, total: Usage) -> dict[str, Any]:
+    """The usage of an answer that took several calls: what the caller sees of it, and the rest as orchestration tokens,
+    which come on top and are part of the total."""
+    body = usage_body(visible)
+    body["total_tokens"] = total.total_tokens
+    body["prompt_tokens_details"] |= {
+        "orchestration_input_tokens": total.input_tokens - visible.input_tokens,
+        "orchestration_input_cached_tokens": total.cached_input_tokens - visible.cached_input_tokens,
+    }
+    body["completion_tokens_details"]["orchestration_output_tokens"] = total.output_tokens - visible.output_tokens
+    return body
+
+
+def reply_body(
+    reply: ChatReply,
+    *,
+    id: str,
+    created: int,
+    model: str,
+    usage: Mapping[str, Any],
+    trace: Mapping[str, Any] | None,
+) -> bytes:
     """The JSON of a whole answer. `model` is what was asked for; only the trace names the worker."""
     message: dict[str, Any] = {"role": "assistant", "content": reply.text or None, "refusal": None}
     if not reply.tool_calls:
@@ -139,7 +160,7 @@ def reply_body(reply: ChatReply, *, id: str, created: int, model: str, trace: Ma
         "created": created,
         "model": model,
         "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": reply.finish_reason}],
-        "usage": usage_body(reply.usage),
+        "usage": usage,
     }
     if trace is not None:
         body["fugu"] = trace
@@ -171,9 +192,9 @@ class ChunkWriter:
         said = self._event([_choice(delta, None)]) if delta else b""
         return said + self._event([_choice({}, chunk.final.finish_reason)])
 
-    def usage(self, usage: Usage) -> bytes:
+    def usage(self, usage: Mapping[str, Any]) -> bytes:
         """The event with the token counts, where the caller asked for it."""
-        return self._event([], usage=usage_body(usage)) if self._include_usage else b""
+        return self._event([], usage=usage) if self._include_usage else b""
 
     def trace(self, trace: Mapping[str, Any]) -> bytes:
         """An event without choices that carries the trace; OpenAI's clients hand it through."""

@@ -7,26 +7,26 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.types import Receive, Scope, Send
 
 from actors.config import FuguConfig
-from actors.errors import DeadlineError, FuguError, NoWorkerAllowedError, RequestError, UnknownModelError
-from actors.messages import ChatReply, ChatRequest, Worker
+from actors.errors import DeadlineError, FuguError, NoWorkerAllowedError, RequestError
+from actors.messages import ChatReply, ChatRequest, Message, Worker
 from orchestrator import dispatch
 from orchestrator.dispatch import Resting, rank
 from serve import sse
 from serve.api.http import headers_of, read_body, request_id, send_error, send_json
+from serve.api.models import MODEL, check_served
+from serve.api.session import TRINITY, Playing
 from serve.auth import Keys
 from serve.router import Choose, Decider, Question
 from serve.schema import ChatBody, FuguBody, parse_chat
-from serve.trace import Trace
-from serve.translate import ChunkWriter, error_event, reply_body, to_request
+from serve.trace import Choice, Trace
+from serve.translate import ChunkWriter, error_event, reply_body, to_request, usage_body
 
 log = logging.getLogger("fugu.gateway")
-
-MODEL = "fugu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +37,23 @@ class Wishes:
     seed: int | None
     choose: Choose
     trace: bool
+    show_turns: bool
 
 
 class ChatEndpoint:
-    """Answers chat completions. `workers` are those in use, in the order of the configuration."""
+    """Answers chat completions. `workers` are those in use, in the order of the configuration. `no_roles` says why
+    `fugu-trinity` is not served; None: it is."""
 
-    def __init__(self, config: FuguConfig, workers: Sequence[Worker], decider: Decider) -> None:
+    def __init__(
+        self, config: FuguConfig, workers: Sequence[Worker], decider: Decider, *, no_roles: str | None
+    ) -> None:
         self._config = config
         self._keys = Keys(config.serve)
         self._workers = {worker.name: worker for worker in workers}
         self._tags = {spec.name: frozenset(spec.tags) for spec in config.active}
         self._decider = decider
         self._resting = Resting(time.monotonic)
+        self._no_roles = no_roles
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = headers_of(scope)
@@ -59,8 +64,7 @@ class ChatEndpoint:
             self._keys.check(headers.get(b"authorization"))
             _check_content_type(headers)
             body = parse_chat(await read_body(headers, receive, self._config.serve.max_body_bytes))
-            if body.model != MODEL:
-                raise UnknownModelError(f"model: {body.model[:64]!r} is not served here; use {MODEL!r}", param="model")
+            check_served(body.model, self._no_roles)
             wishes = self._wishes(body.fugu or FuguBody(), headers)
             traced = wishes.trace
             request, trace.dropped = to_request(body)
@@ -86,19 +90,30 @@ class ChatEndpoint:
     ) -> None:
         created = int(time.time())
         id = f"chatcmpl-{trace.request_id}"
+        playing = self._playing(request, wishes, trace) if body.model == TRINITY else None
         if not body.stream:
-            workers = await self._decide(request, wishes, trace)
-            reply = await dispatch.complete(workers, request, record=trace.record, clock=time.perf_counter)
-            told = trace.body(reply, time.perf_counter()) if wishes.trace else None
-            await answer.whole(reply_body(reply, id=id, created=created, model=body.model, trace=told))
+            await answer.whole(
+                await self._whole(request, wishes, trace, id=id, created=created)
+                if playing is None
+                else await _whole_session(playing, wishes, id=id, created=created)
+            )
             return
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         writer = ChunkWriter(id=id, created=created, model=body.model, include_usage=include_usage)
-        events = self._events(request, wishes, trace, writer)
+        if playing is None:
+            events = self._events(request, wishes, trace, writer)
+        else:
+            events = playing.stream(writer, show_turns=wishes.show_turns, trace=wishes.trace)
         async with aclosing(sse.with_keep_alive(events, self._config.serve.keep_alive)) as lines:
             async for event in lines:
                 await answer.event(event)
         await answer.done()
+
+    async def _whole(self, request: ChatRequest, wishes: Wishes, trace: Trace, *, id: str, created: int) -> bytes:
+        workers = await self._decide(request, wishes, trace)
+        reply = await dispatch.complete(workers, request, record=trace.record, clock=time.perf_counter)
+        told = trace.body(reply, time.perf_counter()) if wishes.trace else None
+        return reply_body(reply, id=id, created=created, model=MODEL, usage=usage_body(reply.usage), trace=told)
 
     async def _events(
         self, request: ChatRequest, wishes: Wishes, trace: Trace, writer: ChunkWriter
@@ -111,17 +126,28 @@ class ChatEndpoint:
                 final = chunk.final
                 yield writer.chunk(chunk)
         assert final is not None
-        yield writer.usage(final.usage)
+        yield writer.usage(usage_body(final.usage))
         if wishes.trace:
             yield writer.trace(trace.body(final, time.perf_counter()))
 
     async def _decide(self, request: ChatRequest, wishes: Wishes, trace: Trace) -> tuple[Worker, ...]:
-        awake = self._resting.awake(wishes.allowed)
-        question = Question(request.messages, frozenset(awake), wishes.seed, wishes.choose)
-        trace.choice = choice = await self._decider.choose(question)
-        # Those that rest come last: they may have woken by the time everyone else has failed.
-        order = rank(choice.worker, choice.probabilities, wishes.allowed, self._config.router.fallbacks)
+        trace.choice, order = await self._choose(request.messages, wishes, wishes.seed, roles=False)
         return tuple(self._workers[name] for name in order)
+
+    async def _choose(
+        self, messages: tuple[Message, ...], wishes: Wishes, seed: int | None, *, roles: bool
+    ) -> tuple[Choice, tuple[str, ...]]:
+        """The router's choice, and the workers to try in order."""
+        awake = self._resting.awake(wishes.allowed)
+        choice = await self._decider.choose(Question(messages, frozenset(awake), seed, wishes.choose, roles))
+        # Those that rest come last: they may have woken by the time everyone else has failed.
+        return choice, rank(choice.worker, choice.probabilities, wishes.allowed, self._config.router.fallbacks)
+
+    def _playing(self, request: ChatRequest, wishes: Wishes, trace: Trace) -> Playing:
+        async def ask(transcript: tuple[Message, ...], seed: int | None) -> tuple[Choice, tuple[str, ...]]:
+            return await self._choose(transcript, wishes, seed, roles=True)
+
+        return Playing(request, ask, self._workers, self._config.router, wishes.seed, trace)
 
     def _wishes(self, body: FuguBody, headers: Mapping[bytes, bytes]) -> Wishes:
         """Body and headers narrow the pool together: a proxy's header cannot be widened by the body, nor the reverse.
@@ -154,6 +180,7 @@ class ChatEndpoint:
             _seed(headers) if body.seed is None else body.seed,
             body.choose or self._config.router.choose,
             body.trace or _flag(headers, b"x-fugu-trace"),
+            body.show_turns,
         )
 
     def _check_known(self, names: Sequence[str], param: str) -> None:
@@ -193,6 +220,14 @@ class _Answer:
             return
         await self.event(error_event(error, told))
         await self.done()
+
+
+async def _whole_session(playing: Playing, wishes: Wishes, *, id: str, created: int) -> bytes:
+    reply = await playing.run()
+    if wishes.show_turns:
+        reply = replace(reply, reasoning=playing.turns_text() + reply.reasoning)
+    told = playing.told(reply) if wishes.trace else None
+    return reply_body(reply, id=id, created=created, model=TRINITY, usage=playing.usage(), trace=told)
 
 
 def _check_content_type(headers: Mapping[bytes, bytes]) -> None:

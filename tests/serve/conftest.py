@@ -33,7 +33,7 @@ def provider(upstream: LoopbackProvider) -> Iterator[LoopbackProvider]:
 
 
 def tiny_checkpoint(folder: Path, workers: tuple[str, ...]) -> tuple[Path, Path]:
-    """A backbone of random weights and a head for it: (model folder, checkpoint)."""
+    """A backbone of random weights and a head with roles for it: (model folder, checkpoint)."""
     import torch
 
     from actors.model_files import resolve_model
@@ -42,8 +42,9 @@ def tiny_checkpoint(folder: Path, workers: tuple[str, ...]) -> tuple[Path, Path]
 
     model = tiny_folder(folder / "backbone")
     files = resolve_model(str(model))
-    weight = torch.randn(len(workers), DIMENSION, generator=torch.Generator().manual_seed(1))
-    info = CheckpointInfo(workers=workers, backbone=files.id, revision=files.revision)
+    info = CheckpointInfo(workers=workers, backbone=files.id, revision=files.revision, roles=True)
+    weight = torch.randn(info.rows, DIMENSION, generator=torch.Generator().manual_seed(1))
+    weight[len(workers) :] *= 0.2  # so that sampled roles differ
     save_checkpoint(folder / "head.safetensors", Checkpoint(info=info, weight=weight))
     return model, folder / "head.safetensors"
 

@@ -251,7 +251,7 @@ def test_errors_as_the_client_knows_them(server: RunningServer, provider: Loopba
         with pytest.raises(openai.AuthenticationError):
             client.models.list()
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0) as client:
-        assert [model.id for model in client.models.list()] == ["fugu"]
+        assert "fugu" in {model.id for model in client.models.list()}
         with pytest.raises(openai.NotFoundError):
             client.chat.completions.create(model="gpt-5", messages=MESSAGES)
         with pytest.raises(openai.BadRequestError) as caught:

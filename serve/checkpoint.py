@@ -1,0 +1,24 @@
+"""What a checkpoint says of itself, read without torch."""
+
+from __future__ import annotations
+
+import json
+
+from safetensors import SafetensorError, safe_open
+
+from actors.config import RouterConfig
+
+
+def why_no_roles(config: RouterConfig) -> str | None:
+    """None if the checkpoint has rows for the roles that `fugu-trinity` plays, else why it cannot be served."""
+    if config.checkpoint is None:
+        return "nothing is trained yet (router.checkpoint is not set)"
+    try:
+        with safe_open(config.checkpoint, framework="np") as file:
+            roles = json.loads((file.metadata() or {}).get("roles", "false"))
+    except (SafetensorError, OSError, ValueError):
+        # The router says what is wrong with it.
+        return "the checkpoint cannot be read"
+    if roles is not True:
+        return "the checkpoint has no roles; `fugu train evolve --mode fugu-trinity` makes one that has"
+    return None
