@@ -185,11 +185,16 @@ def sft(
     "--out trinity.safetensors --budget-usd 20[/]   ·   [bold]fugu train evolve … --resume[/]"
 )
 def evolve(
-    outcomes: Outcomes,
     out: Annotated[Path, typer.Option("--out", "-o", help="The checkpoint to write.", metavar="FILE")],
+    outcomes: Annotated[
+        Path | None, typer.Option(help="The folder of recorded outcomes, or of tasks to play live.", metavar="DIR")
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option("--config", "-c", help="Play live sessions with this pool instead of looking outcomes up."),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="Tasks to play live, as label takes them.", metavar="SOURCE")
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Start from this head, usually by sft.", show_default="zeros")
@@ -225,7 +230,11 @@ def evolve(
     validation_tasks: Annotated[
         int | None, typer.Option(min=1, help="Tasks to validate on.", show_default="all recorded, 300 live")
     ] = None,
+    max_excluded: Annotated[
+        float, typer.Option(min=0, max=1, help="Most of the episodes that may end without a reward.")
+    ] = 0.2,
     max_turns: Annotated[int, typer.Option(min=1, help="Of a session with roles.")] = 5,
+    guard: Annotated[bool, typer.Option("--guard/--no-guard", help="Every session ends with an answer.")] = True,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     reward: Annotated[
@@ -235,6 +244,12 @@ def evolve(
     concurrency: Annotated[int | None, typer.Option(min=1, help="Sessions at once.")] = None,
     max_calls: Annotated[int | None, typer.Option(min=1, help="Stop before more calls are made.")] = None,
     budget_usd: BudgetUsd = None,
+    singular: Annotated[
+        int | None,
+        typer.Option(
+            help="Evolve the singular values of this layer of the backbone, too (-1: the last).", metavar="LAYER"
+        ),
+    ] = None,
     backbone: Annotated[
         str | None, typer.Option(help="What reads the tasks.", show_default="the checkpoint's, or the embedded model")
     ] = None,
@@ -260,6 +275,7 @@ def evolve(
             out,
             outcomes,
             config=config,
+            sources=tuple(tasks or ()),
             workers=names(workers),
             checkpoint=checkpoint,
             split=split,
@@ -274,13 +290,16 @@ def evolve(
             racing=racing,
             validate_every=validate_every,
             validation_tasks=validation_tasks,
+            max_excluded=max_excluded,
             max_turns=max_turns,
+            guard=guard,
             max_tokens=max_tokens,
             temperature=temperature,
             reward=reward,
             concurrency=concurrency,
             max_calls=max_calls,
             budget_usd=budget_usd,
+            singular=singular,
             reading=room.Reading(
                 backbone, prompt_format=prompt_format, max_tokens=read_tokens, device=device, **reading
             ),

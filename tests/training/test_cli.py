@@ -194,6 +194,7 @@ BAD: list[tuple[tuple[str, ...], str]] = [
     (("train", "evolve", "--outcomes", "{good}", "--out", "{out}", "--sigma", "0"), "sigma is 0.0"),
     (("train", "evolve", "--outcomes", "{good}", "--out", "{out}", "--checkpoint", "{head}"), "no outcome of who"),
     (("train", "evolve", "--outcomes", "{good}", "--out", "{out}", "--mode", "fugu-trinity"), "--config"),
+    (("train", "evolve", "--out", "{out}"), "--outcomes"),
     (("eval", "--outcomes", "{good}", "--checkpoint", "{none}"), "checkpoint {none} does not exist"),
     (("eval", "--outcomes", "{good}", "--checkpoint", "{head}", "--split", "val"), "who"),
     (("eval", "--outcomes", "{good}"), "there are train, val"),
