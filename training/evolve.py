@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +111,8 @@ def run(settings: EvolveRun) -> EvolveReport:
         CheckpointError: a start for other workers or another backbone.
         DataError: tasks or outcomes that cannot be used, or too many episodes without a reward; names the reasons.
     """
+    if find_spec("matplotlib") is None:
+        raise ConfigError("matplotlib, which draws the curves, is not installed; install the extra `train`")
     with prepared(settings) as (policy, player, identity):
         course = course_of(settings, player)
         state = settings.folder / "state.pkl"
