@@ -10,7 +10,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from typer.testing import CliRunner
 
+import fugu
 from actors.messages import Message
 from orchestrator import roles
 from orchestrator.router import Router
@@ -114,6 +116,17 @@ def test_keep_alives_come_and_a_client_that_leaves_ends_the_call(
     assert provider.disconnects[0].time - left < 1.5
     time.sleep(0.3)
     assert len(provider.requests) == 1, "a session that ended asks nobody else"
+
+
+def test_ask_lists_the_turns(with_haproxy: RunningServer, provider: LoopbackProvider) -> None:
+    provider.default = Behaviour(text="ACCEPT, it is 42")
+    command = ["ask", "hello", "--model", "fugu-trinity", "--trace", "--url", with_haproxy.url]
+    result = CliRunner().invoke(fugu.app, command, env={"FUGU_API_KEY": KEY})
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("ACCEPT, it is 42")
+    assert [line.split()[:2] for line in result.output.splitlines() if line.startswith("turn ")] == [
+        ["turn", f"{number}:"] for number in range(1, len(provider.requests) + 1)
+    ]
 
 
 def test_without_roles_it_is_not_there(without_haproxy: RunningServer) -> None:
