@@ -1,15 +1,17 @@
 """Live rollouts over a cluster: sessions as Ray tasks. No torch, so that a lane's process starts fast.
 
 A Ray task (a lane) plays many sessions at the same time in one event loop, so that neither the driver nor Ray does
-anything per session but carry its result. All sessions on one task of the task set go to one lane: what candidates ask
-alike is then asked once, without any process between them. Results and answers come back as they are there; when a
-process or a node is lost, what is missing is played again, with every answer that came in.
+anything per session but carry its result. All sessions on one task of the task set are a group and go to one lane: what
+candidates ask alike is then asked once, without any process between them. Lanes take groups when they have room for
+them, so that none waits while another has work. Results and answers come back as they are there; when a process or a
+node is lost, what is missing is played again, with every answer that came in.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -19,6 +21,7 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.config import FuguConfig
 from actors.errors import ConfigError, DataError
@@ -37,7 +40,7 @@ _CPUS = 0.2
 # for others to join.
 _HAND_OVER = 0.05
 _GATHER = 0.003
-# A lane that was lost this often without any result is given up.
+# What was lost this often without any result in between is given up.
 _LOSSES = 4
 
 
@@ -78,17 +81,51 @@ class Ended:
     answers: tuple[tuple[str, Key, ChatReply], ...]
 
 
-@dataclass(frozen=True, eq=False)
+@ray.remote(num_cpus=0)
+class GroupQueue:
+    """Groups that no lane has taken yet. `number` tells a filling from the one before, which a lane that is being
+    cancelled may still ask for."""
+
+    def __init__(self) -> None:
+        self._number = -1
+        self._groups: deque[Group] = deque()
+
+    def fill(self, number: int, groups: Sequence[Group]) -> None:
+        self._number = number
+        self._groups = deque(groups)
+
+    def take(self, number: int, sessions: int) -> list[Group]:
+        """The next groups, with at least so many sessions together; none when all are taken."""
+        taken: list[Group] = []
+        while number == self._number and self._groups and sessions > 0:
+            taken.append(self._groups.popleft())
+            sessions -= len(taken[-1].players)
+        return taken
+
+
 class FanOut:
     """Plays groups on the cluster this process is connected to: at most `concurrency` sessions at the same time in at
     most `lanes` Ray tasks. `on_answers` gets answers as they come; what it raises ends the playing. `known` gives the
-    answers for a task when it is handed over."""
+    answers for a task before it is played."""
 
-    context: Context
-    concurrency: int
-    lanes: int
-    known: Callable[[str], Mapping[Key, ChatReply]]
-    on_answers: Callable[[Sequence[tuple[str, Key, ChatReply]]], None]
+    def __init__(
+        self,
+        context: Context,
+        concurrency: int,
+        lanes: int,
+        known: Callable[[str], Mapping[Key, ChatReply]],
+        on_answers: Callable[[Sequence[tuple[str, Key, ChatReply]]], None],
+    ) -> None:
+        self._context = ray.put(context)
+        self._concurrency = concurrency
+        self._lanes = lanes
+        self._known = known
+        self._on_answers = on_answers
+        queue: Any = GroupQueue
+        # Beside the driver: a node that is lost takes lanes with it, not the queue.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        self._queue = queue.options(scheduling_strategy=here).remote()
+        self._fillings = 0
 
     def play(self, heads: Vector | None, groups: Sequence[Group]) -> dict[int, Episode]:
         """Episodes by place, whatever was lost on the way. `heads [K, rows, d]` are the candidates'.
@@ -99,56 +136,62 @@ class FanOut:
         return asyncio.run(self._play(heads, groups))
 
     async def _play(self, heads: Vector | None, groups: Sequence[Group]) -> dict[int, Episode]:
-        lanes = max(1, min(self.lanes, len(groups)))
-        each = -(-self.concurrency // lanes)
-        context, population = ray.put(self.context), ray.put(heads)
+        population = ray.put(heads)
         found: dict[int, Episode] = {}
-        try:
-            async with asyncio.TaskGroup() as running:
-                for lane in range(lanes):
-                    running.create_task(self._lane(context, population, groups[lane::lanes], each, found))
-        except BaseExceptionGroup as errors:
-            # One reason is enough, and callers know it by its type.
-            raise errors.exceptions[0] from None
-        return dict(sorted(found.items()))
-
-    async def _lane(
-        self, context: Any, heads: Any, groups: Sequence[Group], concurrency: int, found: dict[int, Episode]
-    ) -> None:
         losses = 0
         while left := [rest for group in groups if (rest := self._missing(group, found)).players]:
             before = len(found)
-            ends: Any = play_lane.remote(context, heads, left, concurrency)
-            try:
-                async for reference in ends:
-                    ended: Ended = await reference
-                    found.update(ended.episodes)
-                    self.on_answers(ended.answers)
-                if any(place not in found for group in left for place, _ in group.players):
-                    raise DataError("a lane ended before its sessions did")
-            except RayTaskError as error:
-                raise error.as_instanceof_cause() from None  # a fault of ours, not of the cluster's
-            except RayError as error:
-                losses = losses + 1 if len(found) == before else 0
-                if losses >= _LOSSES:
-                    raise DataError(f"rollouts were lost {losses} times in a row: {error}") from error
-                logger.warning("rollouts were lost (%s); playing what is missing again", type(error).__name__)
-            finally:
-                ray.cancel(ends, force=False)
+            lost = await self._round(population, left, found)
+            losses = losses + 1 if len(found) == before else 0
+            if lost is None and losses:
+                raise DataError("lanes ended before their sessions did")
+            if losses >= _LOSSES:
+                raise DataError(f"rollouts were lost {losses} times in a row: {lost}") from lost
+        return dict(sorted(found.items()))
+
+    async def _round(self, heads: Any, groups: Sequence[Group], found: dict[int, Episode]) -> RayError | None:
+        """Let lanes play until none is left; the reason why one of them was lost, if one was."""
+        self._fillings += 1
+        await self._queue.fill.remote(self._fillings, groups)
+        lanes = max(1, min(self._lanes, len(groups)))
+        each = -(-self._concurrency // lanes)
+        try:
+            async with asyncio.TaskGroup() as running:
+                ends = [running.create_task(self._lane(heads, each, found)) for _ in range(lanes)]
+        except BaseExceptionGroup as errors:
+            # One reason is enough, and callers know it by its type.
+            raise errors.exceptions[0] from None
+        return next((end.result() for end in ends if end.result() is not None), None)
+
+    async def _lane(self, heads: Any, concurrency: int, found: dict[int, Episode]) -> RayError | None:
+        ends: Any = play_lane.remote(self._context, heads, self._queue, self._fillings, concurrency)
+        try:
+            async for reference in ends:
+                ended: Ended = await reference
+                found.update(ended.episodes)
+                self._on_answers(ended.answers)
+        except RayTaskError as error:
+            raise error.as_instanceof_cause() from None  # a fault of ours, not of the cluster's
+        except RayError as error:
+            logger.warning("rollouts were lost (%s); what is missing is played again", type(error).__name__)
+            return error
+        finally:
+            ray.cancel(ends, force=False)
+        return None
 
     def _missing(self, group: Group, found: Mapping[int, Episode]) -> Group:
         players = tuple(player for player in group.players if player[0] not in found)
-        return replace(group, players=players, known=self.known(group.task.task_id) if players else {})
+        return replace(group, players=players, known=self._known(group.task.task_id) if players else {})
 
 
 @ray.remote(num_cpus=_CPUS, max_retries=0, num_returns="streaming", scheduling_strategy="SPREAD")
-def play_lane(context: Context, heads: Vector | None, groups: Sequence[Group], concurrency: int) -> Iterator[Ended]:
+def play_lane(context: Context, heads: Vector | None, queue: Any, number: int, concurrency: int) -> Iterator[Ended]:
     """Never retried by Ray: what was handed over once would come again in another order."""
     reward = None if context.reward is None else reward_function(context.reward)
     workers = context.connect()
     with asyncio.Runner() as runner:
         lane = _Lane(context, heads, workers, reward, concurrency)
-        runner.run(lane.start(groups))
+        runner.run(lane.start(queue, number))
         while (ended := runner.run(lane.next())) is not None:
             yield ended
 
@@ -166,27 +209,45 @@ class _Lane:
         self._heads = heads
         self._workers = workers
         self._reward = reward
+        self._concurrency = concurrency
         self._turn = asyncio.Semaphore(concurrency)
+        self._sessions = 0
+        self._room = asyncio.Event()
         self._episodes: list[tuple[int, Episode]] = []
         self._answers: list[tuple[str, Key, ChatReply]] = []
         self._running: set[asyncio.Task[None]] = set()
         self._reader = None if context.states is None else _Reader(context)
 
-    async def start(self, groups: Sequence[Group]) -> None:
-        for group in groups:
-            workers = self._paid_once(group)
-            for place, who in group.players:
-                self._running.add(asyncio.ensure_future(self._session(group, place, who, workers)))
+    async def start(self, queue: Any, number: int) -> None:
+        self._running.add(asyncio.ensure_future(self._feed(queue, number)))
+
+    async def _feed(self, queue: Any, number: int) -> None:
+        """Take groups until there are none: as many sessions as can run and some that wait, so that none of the lane is
+        ever idle for want of the queue's answer."""
+        ahead = max(1, self._concurrency // 8)
+        while True:
+            free = self._concurrency + ahead - self._sessions
+            if free < max(1, ahead // 2):
+                self._room.clear()
+                await self._room.wait()
+                continue
+            groups: list[Group] = await queue.take.remote(number, free)
+            if not groups:
+                return
+            for group in groups:
+                workers = self._paid_once(group)
+                self._sessions += len(group.players)
+                for place, who in group.players:
+                    self._running.add(asyncio.ensure_future(self._session(group, place, who, workers)))
 
     async def next(self) -> Ended | None:
         """What has come in since; None when all is handed over."""
         if self._running:
-            done, self._running = await asyncio.wait(
-                self._running, timeout=_HAND_OVER, return_when=asyncio.FIRST_COMPLETED
-            )
-            if done and self._running:
+            done, _ = await asyncio.wait(self._running, timeout=_HAND_OVER, return_when=asyncio.FIRST_COMPLETED)
+            if done and len(self._running) > len(done):
                 # Others end at nearly the same time; they travel together.
                 await asyncio.sleep(_HAND_OVER / 5)
+            self._running -= done
             for task in done:
                 task.result()
         elif not self._episodes and not self._answers:
@@ -215,6 +276,8 @@ class _Lane:
                 reward=self._reward,
             )
         self._episodes.append((place, episode))
+        self._sessions -= 1
+        self._room.set()
 
     def _paid_once(self, group: Group) -> dict[str, Worker]:
         cache = call_cache(group.known)
