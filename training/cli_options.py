@@ -1,0 +1,37 @@
+"""Options that several of the training commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+EMBEDDED = Path(__file__).resolve().parents[1] / "configs" / "embedded.yaml"
+
+Device = Literal["auto", "cpu", "cuda"]
+PromptFormat = Literal["chat", "raw"]
+
+Outcomes = Annotated[Path, typer.Option("--outcomes", help="The folder of recorded outcomes.", metavar="DIR")]
+Workers = Annotated[str, typer.Option("--workers", help="Only these, in this order (commas between).", metavar="A,B,C")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the report as JSON, too.", metavar="FILE")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+Address = Annotated[
+    str | None, typer.Option("--address", help="Join the Ray at this address instead of starting one.", metavar="RAY")
+]
+BudgetUsd = Annotated[float | None, typer.Option("--budget-usd", min=0, help="Stop before more is spent.")]
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", min=1, help="Length of an answer.", show_default="the worker's own")
+]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", min=0, max=2, help="Of the answers.", show_default="the worker's own")
+]
+Reads = Annotated[
+    list[str],
+    typer.Option(
+        "--read",
+        help="A place of the backbone to read; several are joined.",
+        metavar="POSITION[@LAYER]",
+        show_default="penultimate",
+    ),
+]
