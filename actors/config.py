@@ -2,6 +2,7 @@
 
     workers:   [WorkerSpec]      who can answer
     router:    RouterConfig      who decides
+    conductor: ConductorConfig   who writes workflows, for fugu-ultra
     serve:     ServeConfig       how it is offered
 
 `${NAME}` takes an environment variable, `${NAME:-text}` falls back to `text`. A worker whose `api_key` names a
@@ -203,6 +204,78 @@ class RouterConfig(Strict):
     guard: bool = True
 
 
+CONDUCTOR = "conductor"
+"""What a plan calls the Conductor itself, and the name that its own model is called by; no worker can have it."""
+
+
+class ConductorConfig(Strict):
+    """Who writes the workflows of `fugu-ultra`: a `worker` of the pool as it is, or a `model` of its own (a folder, the
+    embedded model's name or a hub id) with an `adapter`, in process. A model that a worker uses too, with the same
+    provider, device and gpus, is in memory once.
+
+    `style` and `show_names` are what an adapter was trained with: `compact` is for very small models; with names the
+    prompt tells who the workers are, else they are numbers. `examples` can be left out of the paper's style.
+    `max_rounds` is how often it may plan, seeing its last result (1: once), and `max_recursion` how deep a step may
+    be handed to the conductor itself. `retries` is how often it may write again what is no workflow; then the best
+    single worker answers. `fallbacks` is how many other workers a failed step may go to, `on_failure` what happens
+    when they fail too: the workflow goes on without (`skip`), or the request fails. `deadline` (seconds), `budget_usd`
+    and `max_calls` bound a request, which then ends with the best answer so far. `memory_ttl` is how long a workflow
+    that waits for the caller's tools is kept, `memory` the file that it is kept in.
+    """
+
+    worker: Name | None = None
+    provider: Literal["local", "vllm"] = "local"
+    model: str | None = Field(default=None, min_length=1)
+    adapter: Path | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    max_batch: PositiveInt = 16
+    context: PositiveInt | None = None
+    timeout: Timeout = Timeout()
+    style: Literal["paper", "compact"] = "paper"
+    show_names: bool = False
+    examples: bool = True
+    max_steps: Annotated[int, Field(ge=1, le=5)] = 5
+    max_rounds: Annotated[int, Field(ge=1, le=8)] = 1
+    max_recursion: Annotated[int, Field(ge=0, le=3)] = 0
+    retries: Annotated[int, Field(ge=0, le=10)] = 2
+    fallbacks: Annotated[int, Field(ge=0, le=16)] = 2
+    on_failure: Literal["skip", "fail"] = "skip"
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 0.2
+    max_tokens: PositiveInt = 1024
+    deadline: Seconds | None = None
+    budget_usd: Usd | None = None
+    max_calls: PositiveInt | None = None
+    memory: Path | None = None
+    memory_ttl: Seconds = 24 * 3600.0
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> ConductorConfig:
+        if (self.worker is None) == (self.model is None):
+            raise ValueError("needs either `worker`, one of the pool, or `model`, one of its own")
+        own = {"provider", "adapter", "device", "gpus", "max_batch", "context", "timeout"} & self.model_fields_set
+        if self.worker is not None and own:
+            raise ValueError(f"{', '.join(sorted(own))}: of a `model`, and the conductor is the worker {self.worker}")
+        return self
+
+    def spec(self) -> WorkerSpec | None:
+        """Its own model as a worker, which provider actors host like any other; None: it is one of the pool."""
+        if self.model is None:
+            return None
+        return WorkerSpec(
+            name=CONDUCTOR,
+            provider=self.provider,
+            model=self.model,
+            adapter=self.adapter,
+            device=self.device,
+            gpus=self.gpus,
+            max_batch=self.max_batch,
+            context=self.context,
+            timeout=self.timeout,
+            price=Price(input=0, output=0),
+        )
+
+
 class ServeConfig(Strict):
     """The HTTP side. With `api_keys` every request needs one. A public `host` without keys is refused unless
     `allow_public_without_keys` says that this is meant."""
@@ -234,6 +307,7 @@ class FuguConfig(Strict):
 
     workers: tuple[WorkerSpec, ...] = Field(min_length=1)
     router: RouterConfig = RouterConfig()
+    conductor: ConductorConfig | None = None
     serve: ServeConfig = ServeConfig()
     disabled: dict[str, str] = Field(default={}, exclude=True)
 
@@ -248,6 +322,17 @@ class FuguConfig(Strict):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"worker names must be unique; given more than once: {', '.join(twice)}")
+        return self
+
+    @model_validator(mode="after")
+    def _conductor(self) -> FuguConfig:
+        names = [worker.name for worker in self.workers]
+        if self.conductor is None:
+            return self
+        if CONDUCTOR in names:
+            raise ValueError(f"no worker can be called {CONDUCTOR}: that is what a plan calls its writer")
+        if self.conductor.worker is not None and self.conductor.worker not in names:
+            raise ValueError(f"conductor.worker: there is no worker {self.conductor.worker}")
         return self
 
 
@@ -273,7 +358,7 @@ def load_config(path: Path | str, environ: Mapping[str, str] | None = None) -> F
         where = f", line {mark.line + 1}: {getattr(error, 'problem', None)}" if mark is not None else ""
         raise ConfigError(f"{path} is not valid YAML{where}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must be a mapping with the keys workers, router, serve")
+        raise ConfigError(f"{path} must be a mapping with the keys workers, router, conductor, serve")
     if not isinstance(raw.get("workers"), list):
         raise ConfigError(f"{path}: workers: must be a list with at least one worker")
     if "disabled" in raw:
@@ -285,6 +370,8 @@ def load_config(path: Path | str, environ: Mapping[str, str] | None = None) -> F
             _resolve_paths(worker, ("adapter", "outcomes"), path.parent)
     if isinstance(raw.get("router"), dict):
         _resolve_paths(raw["router"], ("checkpoint",), path.parent)
+    if isinstance(raw.get("conductor"), dict):
+        _resolve_paths(raw["conductor"], ("adapter", "memory"), path.parent)
     try:
         config = FuguConfig.model_validate({**raw, "disabled": disabled})
     except ValidationError as error:

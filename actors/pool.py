@@ -48,21 +48,31 @@ class WorkerPool:
         }
 
     @classmethod
-    def connect(cls, config: FuguConfig, *, namespace: str = "fugu", limits: LimitWindow | None = None) -> WorkerPool:
+    def connect(
+        cls,
+        config: FuguConfig,
+        *,
+        namespace: str = "fugu",
+        limits: LimitWindow | None = None,
+        with_conductor: bool = False,
+    ) -> WorkerPool:
         """Find the actors of the workers in use, or start them. Safe from several processes at once: whoever comes
         first starts an actor, the others find it. Returns before the actors are ready; see `ready`.
 
-        `limits` shortens the limiters' windows for tests.
+        `limits` shortens the limiters' windows for tests. `with_conductor` adds the conductor's own model, where it has
+        one, as one more worker under its name.
         """
         limits = limits or LimitWindow()
+        conductor = config.conductor.spec() if with_conductor and config.conductor is not None else None
+        specs = config.active if conductor is None else (*config.active, conductor)
         shards: dict[str, list[Shard]] = {}
-        for group in grouped(config.active):
+        for group in grouped(specs):
             actors = [Shard(group, shard, namespace, limits) for shard in range(group[0].shards)]
             for spec in group:
                 shards[spec.name] = actors
         for shard in _distinct(shards.values()):
             shard.find_or_start()
-        return cls(config.active, shards)
+        return cls(specs, shards)
 
     async def ready(self, timeout: float = _START_SECONDS) -> None:
         """Wait until every worker can be called.

@@ -27,12 +27,13 @@ CUT = "\n[...]\n"
 
 @dataclass(frozen=True, slots=True)
 class PromptSettings:
-    """How the prompt is written. `show_names` names the workers beside their numbers. `allow_self` lets a plan name the
-    conductor as a worker. Longer questions lose their middle, longer results their beginning (Conductor App. A keeps
-    the last 4,096 tokens); both limits are in characters."""
+    """How the prompt is written. `show_names` names the workers beside their numbers; `examples` belong to the paper's
+    style; `allow_self` lets a plan name the conductor as a worker. Longer questions lose their middle, longer results
+    their beginning (Conductor App. A keeps the last 4,096 tokens); both limits are in characters."""
 
     style: PromptStyle = "paper"
     show_names: bool = False
+    examples: bool = True
     allow_self: bool = False
     max_steps: int = MAX_STEPS
     question_characters: int = 48_000
@@ -183,8 +184,8 @@ none, ["all"] for all of them"""
 
 _SELF = f"""
 
-One more model can be named: "{SELF}", which is you. Such a step writes and runs a workflow of its own for its subtask; \
-give it only what is too large for one model."""
+One more model can be named: "{SELF}", which is you. Such a step writes and runs a workflow of its own for its \
+subtask; give it only what is too large for one model."""
 
 _CLOSING = "Think in a few sentences about how to break this down, then write the three lists."
 
@@ -249,7 +250,7 @@ def _paper_system(workers: Sequence[str], available: Sequence[tuple[int, str]], 
     examples = [
         f"Example {count}\n\nQuestion: {example.question}\n\n{example.thought}\n\n{_lists(example, workers, available)}"
         for count, example in enumerate(
-            (example for example in _EXAMPLES if len(example.steps) <= settings.max_steps), start=1
+            (each for each in _EXAMPLES if settings.examples and len(each.steps) <= settings.max_steps), start=1
         )
     ]
     note = _SELF if settings.allow_self else ""

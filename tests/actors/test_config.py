@@ -8,6 +8,7 @@ import pytest
 
 from actors.config import FuguConfig, WorkerSpec, load_config
 from actors.errors import ConfigError
+from actors.pool import grouped
 
 KEY = "sk-0123456789abcdefghij"
 
@@ -53,6 +54,19 @@ serve: {port: 9000}
     assert KEY not in config.model_dump_json()
 
 
+def test_a_conductor_of_its_own_shares_the_engine_of_a_worker(tmp_path: Path) -> None:
+    text = "workers: [{name: a, provider: local, model: m, context: 512}]\nconductor: {model: m, adapter: lora}"
+    config = load_config(write(tmp_path, text), {})
+    assert config.conductor is not None
+    spec = config.conductor.spec()
+    assert spec is not None
+    assert (spec.name, spec.adapter) == ("conductor", tmp_path / "lora")
+    assert grouped([*config.active, spec]) == [(config.workers[0], spec)]
+    prompted = load_config(write(tmp_path, f"workers:\n{WORKER}}}\nconductor: {{worker: a}}"), {}).conductor
+    assert prompted is not None
+    assert prompted.spec() is None
+
+
 def test_a_missing_key_disables_its_worker_only(tmp_path: Path) -> None:
     path = write(
         tmp_path, f"workers:\n{WORKER}, api_key: '${{A_KEY}}'}}\n  - {{name: b, provider: gemini, model: m}}\n"
@@ -87,6 +101,17 @@ def test_a_missing_key_disables_its_worker_only(tmp_path: Path) -> None:
         ("workers:\n  - {name: 'a b', provider: openai, model: m}", "workers.0.name"),
         (f"workers:\n{WORKER}, api_key: '${{K}}'}}", "no worker is left.*K is not set"),
         (f"workers:\n{WORKER}}}\nserve: {{api_keys: [short]}}", "8 characters"),
+        (f"workers:\n{WORKER}}}\nconductor: {{}}", "conductor: .*either `worker`.*or `model`"),
+        (f"workers:\n{WORKER}}}\nconductor: {{worker: a, model: m}}", "either `worker`.*or `model`"),
+        (f"workers:\n{WORKER}}}\nconductor: {{worker: b}}", "conductor.worker: there is no worker b"),
+        (f"workers:\n{WORKER}}}\nconductor: {{worker: a, adapter: x}}", "adapter: of a `model`"),
+        (f"workers:\n{WORKER}}}\nconductor: {{worker: a, max_steps: 6}}", "conductor.max_steps"),
+        (f"workers:\n{WORKER}}}\nconductor: {{worker: a, max_stpes: 3}}", "conductor.max_stpes: unknown key"),
+        (f"workers:\n{WORKER}}}\nconductor: {{worker: a, style: haiku}}", "conductor.style"),
+        (
+            "workers: [{name: conductor, provider: openai, model: m}]\nconductor: {worker: conductor}",
+            "no worker can be called conductor",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None:
