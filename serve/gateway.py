@@ -1,6 +1,6 @@
 """The gateway: the ASGI application of the ingress deployment. It never imports torch.
 
-Chat completions go straight from ASGI to their handler; the other paths are FastAPI's, which also writes `/docs`.
+Conversations go straight from ASGI to their endpoint; the other paths are FastAPI's, which also writes `/docs`.
 """
 
 from __future__ import annotations
@@ -20,10 +20,15 @@ from actors.config import FuguConfig
 from actors.errors import ConfigError, FuguError, MethodNotAllowedError, NotFoundError, OverloadedError, RequestError
 from actors.messages import Worker
 from actors.pool import WorkerPool
-from serve.api.chat import ChatEndpoint
+from serve.api.chat import ChatDialect
+from serve.api.endpoint import Endpoint
+from serve.api.fugu import FuguEngine
 from serve.api.health import Readiness
 from serve.api.http import headers_of, send_error
-from serve.api.models import models_body, one_model_body
+from serve.api.job import Deciding, Engine
+from serve.api.models import MODEL, models_body, one_model_body
+from serve.api.session import TRINITY, TrinityEngine
+from serve.api.wishes import WishReader
 from serve.auth import Keys
 from serve.router import Decider, OrderDecider, RouterClient
 from serve.schema import ChatBody
@@ -31,11 +36,11 @@ from serve.translate import dumps
 
 log = logging.getLogger("fugu.gateway")
 
-CHAT_PATH = "/v1/chat/completions"
+CHAT_PATH = ChatDialect.path
 
 
 class Gateway:
-    """The ASGI application. At most `serve.max_ongoing_requests` chats run at once; more are told to come again.
+    """The ASGI application. At most `serve.max_ongoing_requests` answers are made at once; more are told to come again.
     `no_roles` says why `fugu-trinity` is not served; None: it is."""
 
     def __init__(
@@ -47,16 +52,26 @@ class Gateway:
         *,
         no_roles: str | None = "no router with roles is deployed",
     ) -> None:
-        self._chat = ChatEndpoint(config, workers, decider, no_roles=no_roles)
+        deciding = Deciding(config, workers, decider)
+        engines: dict[str, Engine] = {MODEL: FuguEngine(deciding), TRINITY: TrinityEngine(deciding)}
+        keys, wishes = Keys(config.serve), WishReader(config)
+        self._endpoints = {
+            dialect.path: Endpoint(dialect, deciding, engines, keys, wishes, no_roles=no_roles)
+            for dialect in (ChatDialect(),)
+        }
         self._rest = _rest(config, readiness, no_roles)
         self._limit = config.serve.max_ongoing_requests
         self._ongoing = 0
         # Serve names its metrics after the route that matches; the busiest first.
-        self.routes: list[BaseRoute] = [Route(CHAT_PATH, _never, methods=["POST"]), *self._rest.routes]
+        self.routes: list[BaseRoute] = [
+            *(Route(path, _never, methods=["POST"]) for path in self._endpoints),
+            *self._rest.routes,
+        ]
         self.router = self._rest.router
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] != CHAT_PATH or scope["method"] != "POST":
+        endpoint = self._endpoints.get(scope.get("path", ""))
+        if endpoint is None or scope["type"] != "http" or scope["method"] != "POST":
             await self._rest(scope, receive, send)
             return
         if self._ongoing >= self._limit:
@@ -64,7 +79,7 @@ class Gateway:
             return
         self._ongoing += 1
         try:
-            await self._chat(scope, receive, send)
+            await endpoint(scope, receive, send)
         finally:
             self._ongoing -= 1
 

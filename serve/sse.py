@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -14,8 +14,10 @@ HEADERS = (
 )
 
 
-async def with_keep_alive(events: AsyncGenerator[bytes, None], every: float) -> AsyncGenerator[bytes, None]:
-    """The events as they come, and a comment whenever none came for `every` seconds. Closing it, or cancelling the
+async def with_keep_alive(
+    events: AsyncGenerator[bytes, None], every: float, alive: Callable[[], bytes] = lambda: KEEP_ALIVE
+) -> AsyncGenerator[bytes, None]:
+    """The events as they come, and `alive()` whenever none came for `every` seconds. Closing it, or cancelling the
     task that reads it, closes `events`."""
     pending: asyncio.Future[bytes] | None = None
     try:
@@ -24,7 +26,7 @@ async def with_keep_alive(events: AsyncGenerator[bytes, None], every: float) -> 
             while not pending.done():
                 await asyncio.wait((pending,), timeout=every)
                 if not pending.done():
-                    yield KEEP_ALIVE
+                    yield alive()
             try:
                 event = pending.result()
             except StopAsyncIteration:

@@ -12,6 +12,7 @@ from actors.messages import (
     ChatReply,
     ChatRequest,
     Chunk,
+    FinishReason,
     ImagePart,
     Message,
     Part,
@@ -121,10 +122,12 @@ def usage_body(usage: Usage) -> dict[str, Any]:
     }
 
 
-def session_usage_body(visible: Usage, total: Usage) -> dict[str, Any]:
-    """The usage of an answer that took several calls: what the caller sees of it, and the rest as orchestration tokens,
-    which come on top and are part of the total."""
+def tokens_body(visible: Usage, total: Usage) -> dict[str, Any]:
+    """The usage of an answer: what the caller sees of it, and, where more calls were made for it, the rest as
+    orchestration tokens, which come on top and are part of the total."""
     body = usage_body(visible)
+    if visible == total:
+        return body
     body["total_tokens"] = total.total_tokens
     body["prompt_tokens_details"] |= {
         "orchestration_input_tokens": total.input_tokens - visible.input_tokens,
@@ -176,21 +179,27 @@ class ChunkWriter:
         self._begun = False
 
     def chunk(self, chunk: Chunk) -> bytes:
-        """The event for a chunk; empty if it has nothing to say. The final chunk becomes the finish reason."""
-        delta: dict[str, Any] = {}
-        if not self._begun:
-            self._begun = True
-            delta = {"role": "assistant", "content": ""}
+        """The event for a chunk; empty if it has nothing to say."""
+        delta = self._begin()
         if chunk.text:
             delta["content"] = chunk.text
         if chunk.reasoning:
             delta["reasoning_content"] = chunk.reasoning
         if chunk.tool_calls:
             delta["tool_calls"] = [_call_delta(call) for call in chunk.tool_calls]
-        if chunk.final is None:
-            return self._event([_choice(delta, None)]) if delta else b""
+        return self._event([_choice(delta, None)]) if delta else b""
+
+    def finish(self, reason: FinishReason) -> bytes:
+        """The event with the finish reason; before it the opening one, where nothing has been said."""
+        delta = self._begin()
         said = self._event([_choice(delta, None)]) if delta else b""
-        return said + self._event([_choice({}, chunk.final.finish_reason)])
+        return said + self._event([_choice({}, reason)])
+
+    def _begin(self) -> dict[str, Any]:
+        if self._begun:
+            return {}
+        self._begun = True
+        return {"role": "assistant", "content": ""}
 
     def usage(self, usage: Mapping[str, Any]) -> bytes:
         """The event with the token counts, where the caller asked for it."""

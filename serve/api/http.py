@@ -68,11 +68,14 @@ async def send_json(send: Send, status: int, body: bytes, extra: tuple[tuple[byt
     await send({"type": "http.response.body", "body": body})
 
 
-async def send_error(send: Send, error: FuguError, trace: Mapping[str, Any] | None = None) -> None:
-    """The error's envelope with its status, and `Retry-After` (whole seconds, rounded up) where it is known."""
-    body = error.envelope()
-    if trace is not None:
-        body["fugu"] = trace
+async def send_error(
+    send: Send, error: FuguError, trace: Mapping[str, Any] | None = None, body: bytes | None = None
+) -> None:
+    """The error's envelope (or `body`, a dialect's own) with its status, and `Retry-After` (whole seconds, rounded up)
+    where it is known."""
+    if body is None:
+        envelope = error.envelope()
+        body = dumps(envelope if trace is None else envelope | {"fugu": trace})
     extra: list[tuple[bytes, bytes]] = []
     if error.retry_after is not None:
         extra.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
@@ -81,4 +84,4 @@ async def send_error(send: Send, error: FuguError, trace: Mapping[str, Any] | No
     if error.http_status in (408, 413):
         # Part of the body may still be on its way: nothing more can be read from this connection.
         extra.append((b"connection", b"close"))
-    await send_json(send, error.http_status, dumps(body), tuple(extra))
+    await send_json(send, error.http_status, body, tuple(extra))

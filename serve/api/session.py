@@ -1,4 +1,4 @@
-"""`fugu-trinity`: a session of Thinker, Worker and Verifier behind one chat completion."""
+"""`fugu-trinity`: a session of Thinker, Worker and Verifier behind one answer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,13 +16,43 @@ from actors.messages import ChatReply, ChatRequest, Chunk, Message, ToolCallDelt
 from orchestrator.coordinator import Session, Turn, play
 from orchestrator.dispatch import Attempt, Record
 from orchestrator.roles import answer_text
+from serve.api.job import Deciding, Done, Event, Job
 from serve.trace import Choice, Trace
-from serve.translate import ChunkWriter, session_usage_body, usage_body
+from serve.translate import tokens_body, usage_body
 
 TRINITY = "fugu-trinity"
 
 # Asks the router about a transcript: (transcript, seed) → its choice and the workers to try, in order.
 Ask = Callable[[tuple[Message, ...], int | None], Awaitable[tuple[Choice, tuple[str, ...]]]]
+
+
+class TrinityEngine:
+    """See `serve.api.job.Engine`."""
+
+    def __init__(self, deciding: Deciding) -> None:
+        self._deciding = deciding
+
+    async def run(self, job: Job) -> AsyncGenerator[Event, None]:
+        async def ask(transcript: tuple[Message, ...], seed: int | None) -> tuple[Choice, tuple[str, ...]]:
+            return await self._deciding.choose(transcript, job.wishes, seed=seed, roles=True)
+
+        deciding, wishes = self._deciding, job.wishes
+        playing = Playing(job.request, ask, deciding.workers, deciding.router, wishes.seed, job.trace)
+        if not job.stream:
+            reply = await playing.run()
+            if wishes.show_turns:
+                reply = replace(reply, reasoning=playing.turns_text() + reply.reasoning)
+            yield self._done(playing, reply, job)
+            return
+        async with aclosing(playing.stream(show_turns=wishes.show_turns)) as chunks:
+            async for chunk in chunks:
+                yield replace(chunk, final=None)
+                if chunk.final is not None:
+                    yield self._done(playing, chunk.final, job)
+
+    def _done(self, playing: Playing, reply: ChatReply, job: Job) -> Done:
+        told = playing.told(reply) if job.wishes.trace else None
+        return Done(reply, playing.visible(), playing.session.usage, playing.session.cost_usd, told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,44 +102,33 @@ class Playing:
             raise FuguError("the session ended without an answer; router.guard: true sees to it that there is one")
         return replace(response, text=answer_text(response.text))
 
-    async def stream(self, writer: ChunkWriter, *, show_turns: bool, trace: bool) -> AsyncGenerator[bytes, None]:
-        """The events of the answer, which come together at the end; before them, if asked for, a reasoning delta for
-        each turn; after them, if asked for, the trace."""
+    async def stream(self, *, show_turns: bool) -> AsyncGenerator[Chunk, None]:
+        """The answer, which comes whole at the end; before it, if asked for, a piece of reasoning for each turn. The
+        last chunk carries `final`."""
         turns: asyncio.Queue[Turn | None] = asyncio.Queue()
         playing = asyncio.create_task(self.run(turns.put_nowait))
         playing.add_done_callback(lambda _: turns.put_nowait(None))
         try:
             while (turn := await turns.get()) is not None:
                 if show_turns:
-                    yield writer.chunk(Chunk(reasoning=_shown(turn)))
+                    yield Chunk(reasoning=_shown(turn))
             reply = playing.result()
         finally:
             playing.cancel()
             with suppress(asyncio.CancelledError, FuguError):
                 await playing
-        yield writer.chunk(
-            Chunk(
-                reply.text,
-                reply.reasoning,
-                tuple(
-                    ToolCallDelta(index, call.id, call.name, call.arguments)
-                    for index, call in enumerate(reply.tool_calls)
-                ),
-                reply,
-            )
+        calls = (
+            ToolCallDelta(index, call.id, call.name, call.arguments) for index, call in enumerate(reply.tool_calls)
         )
-        yield writer.usage(self.usage())
-        if trace:
-            yield writer.trace(self.told(reply))
+        yield Chunk(reply.text, reply.reasoning, tuple(calls), reply)
 
-    def usage(self) -> dict[str, Any]:
-        """Tokens in OpenAI's shape. Visible are what the first call read and what the answering call wrote; the rest is
-        orchestration (Fugu's usage object)."""
+    def visible(self) -> Usage:
+        """What the first call read and what the answering call wrote; the rest is orchestration (Fugu's usage
+        object)."""
         turns = self.session.turns
         first = turns[0].reply.usage if turns else Usage()
         last = self.session.response.usage if self.session.response else Usage()
-        visible = Usage(first.input_tokens, last.output_tokens, first.cached_input_tokens, last.reasoning_tokens)
-        return session_usage_body(visible, self.session.usage)
+        return Usage(first.input_tokens, last.output_tokens, first.cached_input_tokens, last.reasoning_tokens)
 
     def turns_text(self) -> str:
         """What `stream` shows of the turns, at once."""
@@ -130,7 +149,7 @@ class Playing:
         return body | {
             "role": "worker",
             "accepted": self.session.accepted,
-            "usage": self.usage(),
+            "usage": tokens_body(self.visible(), self.session.usage),
             "cost_usd": self.session.cost_usd,
             "upstream_calls": sum(turn.reply.attempts for turn in turns),
             "cached": all(turn.reply.cached for turn in turns),

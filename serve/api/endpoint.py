@@ -1,0 +1,206 @@
+"""A path that answers conversations, straight on ASGI: the same for every dialect.
+
+Until the first byte of the answer a failure is an HTTP error; after it, an event in the stream. No answer ends without
+its dialect's end or a typed error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from starlette.types import Receive, Scope, Send
+
+from actors.config import ServeConfig
+from actors.errors import DeadlineError, FuguError, RequestError
+from actors.messages import ChatRequest, Chunk
+from serve import sse
+from serve.api.http import headers_of, read_body, request_id, send_error, send_json
+from serve.api.job import Deciding, Done, Engine, Event, Job
+from serve.api.models import check_served
+from serve.api.wishes import WishReader
+from serve.auth import Keys
+from serve.schema import FuguBody
+from serve.trace import Trace
+
+log = logging.getLogger("fugu.gateway")
+
+
+class Exchange(Protocol):
+    """One request in a dialect, read, and the writer of its answer. `dropped` names fields that no answer of ours can
+    carry the effect of."""
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def stream(self) -> bool: ...
+
+    @property
+    def fugu(self) -> FuguBody | None: ...
+
+    def request(self) -> tuple[ChatRequest, tuple[str, ...]]:
+        """The request for a worker, and the fields that were dropped.
+
+        Raises:
+            RequestError: it cannot be said to a worker; names the field.
+        """
+
+    def whole(self, done: Done) -> bytes:
+        """The body of a plain answer."""
+
+    def chunk(self, chunk: Chunk) -> bytes:
+        """The events for a piece of the answer; empty if it has nothing to say."""
+
+    def end(self, done: Done) -> bytes:
+        """The last events of a complete stream."""
+
+    def broken(self, error: FuguError, trace: Mapping[str, Any] | None) -> bytes:
+        """The last events of a stream that failed after it began."""
+
+    def alive(self) -> bytes:
+        """What says that the answer is still on its way."""
+
+
+class Dialect(Protocol):
+    """A wire format. `path` is what it answers on."""
+
+    path: str
+
+    def credential(self, headers: Mapping[bytes, bytes]) -> bytes | None:
+        """The `Authorization` header, or what stands for it."""
+
+    async def read(self, raw: bytes, headers: Mapping[bytes, bytes], id: str) -> Exchange:
+        """Raises:
+        RequestError: the body is not of this dialect; `param` names the field.
+        """
+
+    def error(self, error: FuguError, trace: Mapping[str, Any] | None, id: str) -> bytes | None:
+        """The body of an HTTP error; None is OpenAI's envelope."""
+
+
+class Endpoint:
+    """Answers one dialect. `engines` maps served models to what answers them; `no_roles` says why `fugu-trinity` is not
+    served; None: it is."""
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        deciding: Deciding,
+        engines: Mapping[str, Engine],
+        keys: Keys,
+        wishes: WishReader,
+        *,
+        no_roles: str | None,
+    ) -> None:
+        self._dialect = dialect
+        self._deciding = deciding
+        self._engines = engines
+        self._config: ServeConfig = deciding.config.serve
+        self._keys = keys
+        self._wishes = wishes
+        self._no_roles = no_roles
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = headers_of(scope)
+        trace = Trace(request_id(headers), time.perf_counter())
+        answer = _Answer(send, self._dialect, trace.request_id)
+        traced = False
+        try:
+            self._keys.check(self._dialect.credential(headers))
+            _check_content_type(headers)
+            raw = await read_body(headers, receive, self._config.max_body_bytes)
+            exchange = await self._dialect.read(raw, headers, trace.request_id)
+            check_served(exchange.model, self._no_roles)
+            wishes = self._wishes.read(exchange.fugu or FuguBody(), headers)
+            traced = wishes.trace
+            request, trace.dropped = exchange.request()
+            job = Job(exchange.model, request, wishes, trace, exchange.stream)
+            limit = self._config.request_timeout
+            try:
+                async with asyncio.timeout(limit):
+                    await self._answer(job, exchange, answer)
+            except TimeoutError:
+                raise DeadlineError(f"no complete answer within {limit:g} s") from None
+        except FuguError as error:
+            await answer.fail(error, trace if traced else None)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            # A fault of ours: the caller learns that it happened, the log learns where, neither sees the request.
+            log.error("request %s failed: %s", trace.request_id, _where(error))
+            await answer.fail(FuguError("internal error; the server's log has more"), trace if traced else None)
+        finally:
+            self._deciding.resting.learn(trace.record)
+
+    async def _answer(self, job: Job, exchange: Exchange, answer: _Answer) -> None:
+        events = self._engines[job.model].run(job)
+        if not exchange.stream:
+            async with aclosing(events):
+                async for event in events:
+                    if isinstance(event, Done):
+                        await answer.whole(exchange.whole(event))
+            return
+        answer.exchange = exchange
+        lines = sse.with_keep_alive(_written(events, exchange), self._config.keep_alive, exchange.alive)
+        async with aclosing(lines):
+            async for line in lines:
+                await answer.event(line)
+        await answer.done()
+
+
+async def _written(events: AsyncGenerator[Event, None], exchange: Exchange) -> AsyncGenerator[bytes, None]:
+    async with aclosing(events):
+        async for event in events:
+            yield exchange.end(event) if isinstance(event, Done) else exchange.chunk(event)
+
+
+class _Answer:
+    """The response as far as it has gone out: whole, or a stream that can still tell of an error."""
+
+    def __init__(self, send: Send, dialect: Dialect, id: str) -> None:
+        self._send = send
+        self._dialect = dialect
+        self._id = id
+        self._streaming = False
+        self.exchange: Exchange | None = None
+
+    async def whole(self, body: bytes) -> None:
+        await send_json(self._send, 200, body)
+
+    async def event(self, event: bytes) -> None:
+        if not self._streaming:
+            self._streaming = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
+        await self._send({"type": "http.response.body", "body": event, "more_body": True})
+
+    async def done(self) -> None:
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def fail(self, error: FuguError, trace: Trace | None) -> None:
+        told = None if trace is None else trace.body(None, time.perf_counter())
+        if not self._streaming or self.exchange is None:
+            await send_error(self._send, error, told, self._dialect.error(error, told, self._id))
+            return
+        await self.event(self.exchange.broken(error, told))
+        await self.done()
+
+
+def _check_content_type(headers: Mapping[bytes, bytes]) -> None:
+    # Not pedantry: a page in someone's browser can post text/plain to this machine without asking, but not JSON.
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if kind != b"application/json":
+        raise RequestError("content-type: must be application/json", param="content-type")
+
+
+def _where(error: BaseException) -> str:
+    """Kind and place of an error without its message, which could quote the request."""
+    step = error.__traceback__
+    while step is not None and step.tb_next is not None:
+        step = step.tb_next
+    place = f" at {step.tb_frame.f_code.co_filename}:{step.tb_lineno}" if step is not None else ""
+    return f"{type(error).__name__}{place}"

@@ -1,0 +1,92 @@
+"""What lies between the dialects and the engines: one request, and its answer as one stream of events.
+
+    bytes → dialect → Job → engine (fugu | fugu-trinity | fugu-ultra) → Chunk, Chunk, …, Done → dialect → bytes
+
+A dialect (chat completions, Responses, Messages) knows nothing of workers, an engine nothing of HTTP. A failure is a
+`FuguError` raised by the engine's generator at whatever point it comes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from actors.config import FuguConfig, RouterConfig
+from actors.messages import ChatReply, ChatRequest, Chunk, Message, Usage, Worker
+from orchestrator.dispatch import Resting, rank
+from serve.router import Choose, Decider, Question
+from serve.trace import Choice, Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the caller wants of the pool: from the body's `fugu` field and the `x-fugu-*` headers, together."""
+
+    allowed: tuple[str, ...]
+    seed: int | None
+    choose: Choose
+    trace: bool
+    show_turns: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request on its way. `model` is the served model; `stream`: pieces are wanted as they come, else one `Done`
+    is enough. The engine fills `trace` as it goes."""
+
+    model: str
+    request: ChatRequest
+    wishes: Wishes
+    trace: Trace
+    stream: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The end of a complete answer. `reply` is the answer as the caller sees it; `visible` and `total` are its tokens:
+    what the caller sees of them, and those of all calls (they differ by the orchestration tokens). `cost_usd` is of
+    all calls, None where a price is unknown; `told` the trace, where it was asked for."""
+
+    reply: ChatReply
+    visible: Usage
+    total: Usage
+    cost_usd: float | None
+    told: Mapping[str, Any] | None = None
+
+
+Event = Chunk | Done
+
+
+class Engine(Protocol):
+    """Answers jobs of one served model. The generator yields chunks without `final`, and `Done` as its last event;
+    closing it, or cancelling the task that reads it, ends the calls in flight and frees their budget.
+
+    Raises (the generator): FuguError.
+    """
+
+    def run(self, job: Job) -> AsyncGenerator[Event, None]: ...
+
+
+class Deciding:
+    """What engines share: the workers in use, in the order of the configuration, and the router that ranks them."""
+
+    def __init__(self, config: FuguConfig, workers: Sequence[Worker], decider: Decider) -> None:
+        self.config = config
+        self.workers: Mapping[str, Worker] = {worker.name: worker for worker in workers}
+        self.resting = Resting(time.monotonic)
+        self._decider = decider
+
+    @property
+    def router(self) -> RouterConfig:
+        return self.config.router
+
+    async def choose(
+        self, messages: tuple[Message, ...], wishes: Wishes, *, seed: int | None, roles: bool = False
+    ) -> tuple[Choice, tuple[str, ...]]:
+        """The router's choice, and the names of the workers to try in order."""
+        awake = self.resting.awake(wishes.allowed)
+        choice = await self._decider.choose(Question(messages, frozenset(awake), seed, wishes.choose, roles))
+        # Those that rest come last: they may have woken by the time everyone else has failed.
+        return choice, rank(choice.worker, choice.probabilities, wishes.allowed, self.router.fallbacks)
