@@ -14,7 +14,18 @@
     │   ├── RequestTimeoutError           408   the request's body did not arrive in time
     │   ├── PayloadTooLargeError          413
     │   ├── NoWorkerAllowedError          400   constraints leave no worker
+    │   ├── BudgetError                   400   the request's own budget was used up before there was an answer
     │   └── ContextLengthError            400   longer than the worker's context
+    ├── PlanError                         422   a workflow that a model wrote cannot be used; `kind` says why
+    │   ├── PlanMissingError              422   no three lists
+    │   ├── PlanSyntaxError               422   a list that cannot be read
+    │   ├── PlanLengthsError              422   lists of unequal length
+    │   ├── PlanEmptyError                422   no steps
+    │   ├── PlanTooLongError              422   too many steps, or a subtask that is too long
+    │   ├── PlanWorkerError               422   a worker that is not in the pool
+    │   ├── PlanWorkerNotAllowedError     422   a worker of the pool that this request may not use
+    │   ├── PlanSubtaskError              422   an empty subtask
+    │   └── PlanAccessError               422   access to something that is not an earlier step
     ├── OverloadedError                   503   too many requests at once
     ├── DeadlineError                     504   the request as a whole took too long
     ├── WorkerError                       502   one worker could not answer; `worker` names it
@@ -146,8 +157,60 @@ class NoWorkerAllowedError(RequestError):
     code = "no_worker_allowed"
 
 
+class BudgetError(RequestError):
+    """`param` names what ran out: `budget.usd`, `budget.tokens` or `budget.calls`. Time is a `DeadlineError`."""
+
+    code = "budget_exhausted"
+
+
 class ContextLengthError(RequestError):
     code = "context_length_exceeded"
+
+
+class PlanError(FuguError):
+    """A model wrote a workflow that cannot be used. It is asked again or another way is found, so that a caller sees
+    this only where nobody could answer. Messages quote at most a worker's name, never a subtask."""
+
+    status = 422
+    type = "plan_error"
+    code = "invalid_plan"
+    kind: ClassVar[str] = "plan"
+
+
+class PlanMissingError(PlanError):
+    kind = "missing"
+
+
+class PlanSyntaxError(PlanError):
+    kind = "syntax"
+
+
+class PlanLengthsError(PlanError):
+    kind = "lengths"
+
+
+class PlanEmptyError(PlanError):
+    kind = "empty"
+
+
+class PlanTooLongError(PlanError):
+    kind = "too_long"
+
+
+class PlanWorkerError(PlanError):
+    kind = "worker"
+
+
+class PlanWorkerNotAllowedError(PlanError):
+    kind = "worker_not_allowed"
+
+
+class PlanSubtaskError(PlanError):
+    kind = "subtask"
+
+
+class PlanAccessError(PlanError):
+    kind = "access"
 
 
 class OverloadedError(FuguError):

@@ -53,28 +53,26 @@ def worker_messages(query: Sequence[Message], thoughts: Sequence[str], suggestio
     notes = [_quote("thought", text, number) for number, text in enumerate(thoughts, 1)]
     if suggestion:
         notes.append(_quote("advice", suggestion))
-    return _with_note(query, "\n\n".join([*notes, _WORKER]))
+    return with_note(query, "\n\n".join([*notes, _WORKER]))
 
 
 def thinker_messages(query: Sequence[Message], thoughts: Sequence[str], response: str | None) -> tuple[Message, ...]:
     notes = [_quote("thought", text, number) for number, text in enumerate(thoughts, 1)]
     if response is not None:
         notes.append(_quote("response", response))
-    return _with_note(query, "\n\n".join([*notes, _THINKER]))
+    return with_note(query, "\n\n".join([*notes, _THINKER]))
 
 
 def verifier_messages(query: Sequence[Message], response: str) -> tuple[Message, ...]:
     """The bare query and the latest response, without the thoughts that led there."""
-    return _with_note(query, f"{_quote('response', response)}\n\n{_VERIFIER}")
+    return with_note(query, f"{_quote('response', response)}\n\n{_VERIFIER}")
 
 
 def transcript(query: Sequence[Message], thoughts: Sequence[str]) -> tuple[Message, ...]:
     """What the router reads before a turn: the query with the accumulated thoughts in its last user message."""
     if not thoughts:
         return tuple(query)
-    return _with_note(
-        query, "\n\n".join(_quote("thought", text, n) for n, text in enumerate(thoughts, 1)), system=False
-    )
+    return with_note(query, "\n\n".join(_quote("thought", text, n) for n, text in enumerate(thoughts, 1)), system=None)
 
 
 def read_idea(reply: str) -> str:
@@ -135,7 +133,8 @@ def _quote(tag: str, text: str, number: int | None = None) -> str:
     return f"{label}\n{text.strip()}\n</{tag}>"
 
 
-def _with_note(query: Sequence[Message], note: str, *, system: bool = True) -> tuple[Message, ...]:
+def with_note(query: Sequence[Message], note: str, *, system: str | None = SYSTEM) -> tuple[Message, ...]:
+    """The conversation with `system` before it and `note` appended to its last user message."""
     messages = list(query)
     last = max((i for i, message in enumerate(messages) if message.role == "user"), default=None)
     if last is None:
@@ -146,4 +145,4 @@ def _with_note(query: Sequence[Message], note: str, *, system: bool = True) -> t
             f"{old}\n\n{note}" if isinstance(old, str) else (*old, TextPart(f"\n\n{note}"))
         )
         messages[last] = Message("user", content, messages[last].name)
-    return (Message("system", SYSTEM), *messages) if system else tuple(messages)
+    return (Message("system", system), *messages) if system is not None else tuple(messages)
