@@ -85,6 +85,7 @@ def load_tasks(sources: Sequence[str], settings: TaskSource | None = None) -> li
         reasoning-gym[:FAMILY,...]     all usable families, or these
         embedded[:FAMILY,...]          the families for very small models (training.families)
         grounds[:GROUND,...]           the specialists' grounds (training.grounds); `count` of each ground
+        composite[:FAMILY,...]         tasks for several specialists together (training.composite); `count` in all
         PATH.jsonl | PATH.parquet      a file of the user's own
         FOLDER                         the tasks of an outcomes folder
         hub:NAME[:SUBSET][@PART]       a Hugging Face data set, or a folder with its files
@@ -123,6 +124,10 @@ def _load(source: str, settings: TaskSource) -> list[Task]:
 
         made = ground_tasks(families or list(GROUNDS), count=settings.count, seed=settings.seed, split=None)
         return [replace(task, split=settings.columns.split or task.split) for task in made]
+    if kind == "composite":
+        from training.composite import composite_tasks
+
+        return composite_tasks(families, count=settings.count, seed=settings.seed, split=settings.columns.split)
     if kind == "hub":
         name, _, part = detail.partition("@")
         name, _, subset = name.partition(":")
@@ -138,7 +143,7 @@ def _load(source: str, settings: TaskSource) -> list[Task]:
         return list(read_tasks(path))
     raise DataError(
         f"{source} is no source of tasks: give reasoning-gym[:family,...], embedded[:family,...], "
-        "grounds[:ground,...], hub:name, a .jsonl or .parquet file, or an outcomes folder"
+        "grounds[:ground,...], composite[:family,...], hub:name, a .jsonl or .parquet file, or an outcomes folder"
     )
 
 
