@@ -1,0 +1,62 @@
+"""The plans of `orchestrator.workflow` as a regular expression, for engines that decode under one (structured outputs).
+
+What matches always parses: numbers of allowed workers only, lists of equal length, reads of earlier steps only. Every
+repetition is bounded, so that a plan also ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from itertools import combinations
+
+from actors.errors import NoWorkerAllowedError
+from orchestrator.workflow import MAX_STEPS, SELF
+
+SUBTASK_CHARACTERS = 600
+THOUGHT_CHARACTERS = 1_200
+
+# No quotes, backslashes or line ends, so that a text ends where its quote does; and no blank first character, so that
+# it is never empty.
+_SUBTASK = rf'"[^"\\\s][^"\\\r\n]{{0,{SUBTASK_CHARACTERS - 1}}}"'
+# Nothing that could begin a list, a label, a code fence or a thinking block.
+_THOUGHT = rf"([^:=<`\[\]\r\n]{{1,{THOUGHT_CHARACTERS}}}\n)?"
+
+
+def plan_regex(
+    workers: Sequence[str],
+    *,
+    allowed: Collection[str] | None = None,
+    max_steps: int = MAX_STEPS,
+    allow_self: bool = False,
+    allow_empty: bool = False,
+    thought: bool = True,
+) -> str:
+    """A regular expression, without anchors, that only plans for this pool match. `thought` lets one line of free
+    text precede the lists (the paper's style); the other arguments are those of `parse_workflow`.
+
+    Raises:
+        NoWorkerAllowedError: nobody is left to name.
+    """
+    numbers = [str(number) for number, name in enumerate(workers) if allowed is None or name in allowed]
+    if not numbers:
+        raise NoWorkerAllowedError("the constraints leave the conductor no worker", param="fugu")
+    worker = "(" + "|".join([*numbers, *([f'"{SELF}"'] if allow_self else [])]) + ")"
+    plans = [_lists(worker, steps) for steps in range(1, max_steps + 1)]
+    if allow_empty:
+        plans.append(r"model_id: \[\]\nsubtasks: \[\]\naccess_list: \[\]")
+    return f"{_THOUGHT if thought else ''}({'|'.join(plans)})"
+
+
+def _lists(worker: str, steps: int) -> str:
+    models = ", ".join([worker] * steps)
+    subtasks = ", ".join([_SUBTASK] * steps)
+    access = ", ".join(_access(step) for step in range(steps))
+    return rf"model_id: \[{models}\]\nsubtasks: \[{subtasks}\]\naccess_list: \[{access}\]"
+
+
+def _access(step: int) -> str:
+    """What step `step` may read: any of the steps before it, or all of them by word."""
+    if step == 0:
+        return r"\[\]"
+    reads = [", ".join(map(str, chosen)) for size in range(1, step + 1) for chosen in combinations(range(step), size)]
+    return rf'\[({"|".join(reads)}|"all")?\]'
