@@ -45,15 +45,30 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
+class Thought:
+    """A finished piece of a worker's reasoning, as its provider wants it back in a later call. `signature` is the
+    provider's proof that it is its own (of a `redacted` one, whose text is not shown, the whole content); `origin` the
+    tag of the worker it came from (`actors.marks.worker_tag`), the only one that ever gets it back."""
+
+    text: str = ""
+    signature: str = ""
+    redacted: bool = False
+    origin: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One message of a conversation. `content` is a string or an ordered tuple of parts; an assistant message that
-    only calls tools has empty content. A `tool` message answers the call named in `tool_call_id`."""
+    only calls tools has empty content. A `tool` message answers the call named in `tool_call_id`; `failed` says that
+    the tool could not do it. `thoughts` are an assistant's, before its content."""
 
     role: Role
     content: str | tuple[Part, ...] = ""
     name: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
+    thoughts: tuple[Thought, ...] = ()
+    failed: bool = False
 
     @property
     def text(self) -> str:
@@ -184,6 +199,7 @@ class ChatReply:
     attempts: int = 1
     cached: bool = False
     dropped: tuple[str, ...] = ()
+    thoughts: tuple[Thought, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +215,14 @@ class ToolCallDelta:
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """A piece of a streamed answer. The last chunk of a complete stream carries `final`, the reply as a whole
-    (its `text` is the concatenation of all deltas), and nothing follows it."""
+    (its `text` is the concatenation of all deltas), and nothing follows it. `thoughts` are those that end with this
+    piece: the reasoning up to here, signed; it comes before the piece's text."""
 
     text: str = ""
     reasoning: str = ""
     tool_calls: tuple[ToolCallDelta, ...] = ()
     final: ChatReply | None = None
+    thoughts: tuple[Thought, ...] = ()
 
 
 class Worker(Protocol):

@@ -35,7 +35,8 @@ from actors.errors import (
 from actors.estimate import estimate_tokens, text_tokens
 from actors.journal import Journal
 from actors.limiter import SLACK, WINDOW, Grant, Limiter, Share, split
-from actors.messages import ChatReply, ChatRequest, Chunk, Message, Timing, ToolCallDelta, Usage
+from actors.marks import worker_tag
+from actors.messages import ChatReply, ChatRequest, Chunk, Message, Thought, Timing, ToolCallDelta, Usage
 from actors.status import Counters, WorkerStatus
 
 logger = logging.getLogger(__name__)
@@ -159,6 +160,8 @@ class WorkerRuntime:
             try:
                 chunk = await call.bounded(call.retrying(call.open))
                 while chunk.final is None:
+                    if chunk.thoughts:
+                        chunk = replace(chunk, thoughts=_by(chunk.thoughts, self.spec.name))
                     yield chunk
                     chunk = await call.next_chunk()
             finally:
@@ -178,6 +181,7 @@ class WorkerRuntime:
         return replace(
             reply,
             worker=self.spec.name,
+            thoughts=_by(reply.thoughts, self.spec.name),
             cost_usd=cost,
             attempts=call.attempts,
             timing=Timing(call.queued, call.first_byte, self.clock() - call.begin),
@@ -424,8 +428,12 @@ class _Call:
 
 
 def prepare(request: ChatRequest, spec: WorkerSpec) -> ChatRequest:
-    """The request with the worker's own system text, which follows the caller's, and its defaults filled in."""
+    """The request with the worker's own system text, which follows the caller's, and its defaults filled in. Thoughts
+    that another worker signed are left out: no provider takes those of another."""
     changes: dict[str, Any] = {}
+    if any(message.thoughts for message in request.messages):
+        tag = worker_tag(spec.name)
+        request = request.with_(messages=tuple(_with_own_thoughts(message, tag) for message in request.messages))
     for name in ("temperature", "top_p", "max_tokens"):
         default = getattr(spec.defaults, name)
         if default is not None and getattr(request, name) is None:
@@ -438,6 +446,15 @@ def prepare(request: ChatRequest, spec: WorkerSpec) -> ChatRequest:
     return request.with_(**changes) if changes else request
 
 
+def _with_own_thoughts(message: Message, tag: str) -> Message:
+    own = tuple(thought for thought in message.thoughts if thought.origin == tag)
+    return message if len(own) == len(message.thoughts) else replace(message, thoughts=own)
+
+
+def _by(thoughts: tuple[Thought, ...], worker: str) -> tuple[Thought, ...]:
+    return tuple(replace(thought, origin=worker_tag(worker)) for thought in thoughts)
+
+
 def price_of(usage: Usage, price: Price) -> float:
     """USD. Cached input is a part of the input, reasoning of the output."""
     cached = price.input if price.cached_input is None else price.cached_input
@@ -448,8 +465,8 @@ def price_of(usage: Usage, price: Price) -> float:
 def as_chunks(reply: ChatReply) -> Iterator[Chunk]:
     """A whole reply as a stream."""
     calls = tuple(ToolCallDelta(i, call.id, call.name, call.arguments) for i, call in enumerate(reply.tool_calls))
-    if reply.text or reply.reasoning or calls:
-        yield Chunk(reply.text, reply.reasoning, calls)
+    if reply.text or reply.reasoning or calls or reply.thoughts:
+        yield Chunk(reply.text, reply.reasoning, calls, thoughts=reply.thoughts)
     yield Chunk(final=reply)
 
 

@@ -13,6 +13,7 @@ from actors.messages import ToolCall, Usage
 
 Dialect = Literal["openai", "anthropic", "gemini"]
 DEFAULT_TEXT = "Hello from the loopback provider."
+SIGNATURE = "c2lnbmVk"
 
 
 @dataclass(frozen=True)
@@ -301,7 +302,8 @@ def anthropic_plain(answer: Answer) -> dict[str, Any]:
     content = []
     for block, text in _anthropic_blocks(answer):
         key = {"thinking": "thinking", "text": "text", "tool_use": "input"}[block["type"]]
-        content.append({**block, key: orjson.loads(text) if key == "input" else text})
+        signed = {"signature": SIGNATURE} if key == "thinking" else {}
+        content.append({**block, key: orjson.loads(text) if key == "input" else text, **signed})
     return {
         **_anthropic_message(answer),
         "content": content,
@@ -320,7 +322,7 @@ def anthropic_events(answer: Answer) -> list[bytes]:
         kind, key = fields.get(block["type"], ("input_json_delta", "partial_json"))
         deltas = [{"type": kind, key: piece} for piece in split_text(text, answer.behaviour.pieces)]
         if block["type"] == "thinking":
-            deltas.append({"type": "signature_delta", "signature": "c2lnbmVk"})
+            deltas.append({"type": "signature_delta", "signature": SIGNATURE})
         for delta in deltas:
             event = {"type": "content_block_delta", "index": index, "delta": delta}
             frames.append(frame(event, "content_block_delta"))

@@ -29,7 +29,7 @@ from actors.adapters.assemble import (
 from actors.adapters.base import CallContext
 from actors.adapters.upstream import Upstream
 from actors.config import WorkerSpec
-from actors.messages import ChatReply, ChatRequest, Chunk, FinishReason, ImagePart, Message, Usage
+from actors.messages import ChatReply, ChatRequest, Chunk, FinishReason, ImagePart, Message, Thought, Usage
 
 PATH = "/v1/messages"
 VERSION = "2023-06-01"
@@ -174,14 +174,16 @@ def _forced(body: dict[str, Any]) -> bool:
 
 def _budget(body: dict[str, Any], request: ChatRequest, budget: int, dropped: list[str]) -> None:
     """Thinking tokens count toward `max_tokens`. A caller's bound is kept and shared; ours is widened. Not possible
-    inside a tool loop, whose earlier thoughts (signed blocks) we do not have."""
+    inside a tool loop whose earlier thoughts (signed blocks) the caller did not hand back."""
     if request.max_tokens is None:
         body["max_tokens"] = max(body["max_tokens"], budget + 8192)
     else:
         budget = min(budget, request.max_tokens // 2)
     since = itertools.takewhile(lambda message: message.role != "assistant", reversed(request.messages))
     in_loop = any(message.role == "tool" for message in since)
-    if budget < _MIN_BUDGET or _forced(body) or in_loop:
+    asked = next((message for message in reversed(request.messages) if message.role == "assistant"), None)
+    unsigned = in_loop and not (asked is not None and asked.thoughts)
+    if budget < _MIN_BUDGET or _forced(body) or unsigned:
         dropped.append("reasoning_effort")
     else:
         body["thinking"] = {"type": "enabled", "budget_tokens": budget}
@@ -254,12 +256,19 @@ def _blocks(message: Message) -> list[dict[str, Any]]:
         else:
             content.append({"type": "text", "text": part.text})
     if message.role == "tool":
-        result = given(type="tool_result", tool_use_id=_id(message.tool_call_id or ""), content=content or None)
-        return [result]
+        id, failed = _id(message.tool_call_id or ""), message.failed or None
+        return [given(type="tool_result", tool_use_id=id, content=content or None, is_error=failed)]
+    content = [*map(_thought, message.thoughts), *content]
     for call in message.tool_calls:
         use = {"type": "tool_use", "id": _id(call.id), "name": call.name, "input": arguments_object(call)}
         content.append(use)
     return content
+
+
+def _thought(thought: Thought) -> dict[str, Any]:
+    if thought.redacted:
+        return {"type": "redacted_thinking", "data": thought.signature}
+    return {"type": "thinking", "thinking": thought.text, "signature": thought.signature}
 
 
 def _source(image: ImagePart) -> dict[str, str]:
@@ -282,6 +291,7 @@ class _Reader:
         self.done = False
         self._upstream = upstream
         self._tools: dict[int, int] = {}
+        self._thinking: dict[int, tuple[list[str], list[str]]] = {}
         self._usage: dict[str, Any] = {}
 
     @property
@@ -319,6 +329,9 @@ class _Reader:
             self.answer.add_text(block.get("text") or "")
         elif kind == "thinking":
             self.answer.add_reasoning(block.get("thinking") or "")
+            self._thinking[index] = ([block.get("thinking") or ""], [block.get("signature") or ""])
+        elif kind == "redacted_thinking":
+            self.answer.add_thought(Thought(signature=block["data"], redacted=True))
         elif kind == "tool_use":
             given_at_once = block.get("input")
             arguments = orjson.dumps(given_at_once).decode() if given_at_once else ""
@@ -330,11 +343,19 @@ class _Reader:
             self.answer.add_text(delta["text"])
         elif kind == "thinking_delta":
             self.answer.add_reasoning(delta["thinking"])
+            if index in self._thinking:
+                self._thinking[index][0].append(delta["thinking"])
+        elif kind == "signature_delta" and index in self._thinking:
+            self._thinking[index][1].append(delta["signature"])
         elif kind == "input_json_delta" and index in self._tools:
             self.answer.add_arguments(self._tools[index], delta["partial_json"])
 
     def _close(self, index: int) -> None:
         # A call without arguments streams no JSON at all.
+        if index in self._thinking:
+            text, signature = map("".join, self._thinking.pop(index))
+            if signature:
+                self.answer.add_thought(Thought(text, signature))
         if index in self._tools and not self.answer.tools[self._tools[index]].arguments:
             self.answer.add_arguments(self._tools[index], "{}")
 

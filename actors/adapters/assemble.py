@@ -21,6 +21,7 @@ from actors.messages import (
     Message,
     Part,
     TextPart,
+    Thought,
     ToolCall,
     ToolCallDelta,
     Usage,
@@ -37,9 +38,11 @@ class Assembler:
     tools: list[_Tool] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
     finish: FinishReason | None = None
+    thoughts: list[Thought] = field(default_factory=list)
     _new_text: list[str] = field(default_factory=list)
     _new_reasoning: list[str] = field(default_factory=list)
     _new_tools: list[ToolCallDelta] = field(default_factory=list)
+    _new_thoughts: list[Thought] = field(default_factory=list)
 
     def add_text(self, piece: str) -> None:
         if piece:
@@ -48,6 +51,10 @@ class Assembler:
     def add_reasoning(self, piece: str) -> None:
         if piece:
             self._new_reasoning.append(piece)
+
+    def add_thought(self, thought: Thought) -> None:
+        """A finished piece of reasoning that the worker signed; its text was added before."""
+        self._new_thoughts.append(thought)
 
     def open_tool(self, id: str, name: str, arguments: str = "") -> int:
         """Begin a tool call; its index in the answer."""
@@ -62,11 +69,18 @@ class Assembler:
             self._new_tools.append(ToolCallDelta(index, arguments=piece))
 
     def take(self) -> Chunk | None:
-        if not (self._new_text or self._new_reasoning or self._new_tools):
+        if not (self._new_text or self._new_reasoning or self._new_tools or self._new_thoughts):
             return None
-        chunk = Chunk("".join(self._new_text), "".join(self._new_reasoning), tuple(self._new_tools))
+        chunk = Chunk(
+            "".join(self._new_text),
+            "".join(self._new_reasoning),
+            tuple(self._new_tools),
+            thoughts=tuple(self._new_thoughts),
+        )
         self.text.append(chunk.text)
         self.reasoning.append(chunk.reasoning)
+        self.thoughts += chunk.thoughts
+        self._new_thoughts.clear()
         self._new_text.clear()
         self._new_reasoning.clear()
         self._new_tools.clear()
@@ -85,6 +99,7 @@ class Assembler:
             finish_reason="tool_calls" if calls and finish == "stop" else finish,
             usage=self.usage,
             dropped=tuple(dropped),
+            thoughts=tuple(self.thoughts),
         )
 
 
