@@ -66,7 +66,7 @@ class Account:
         self.usd = 0.0
         self.tokens = 0
         self.calls = 0
-        self._held = Grant(ChatRequest(()), calls=0)
+        self._held_usd, self._held_tokens, self._held_calls = 0.0, 0, 0
 
     @property
     def seconds_left(self) -> float | None:
@@ -77,7 +77,7 @@ class Account:
 
     def admit(self, worker: str, request: ChatRequest, *, shares: int = 1) -> Grant:
         """Set aside what a call needs. `shares` is how many calls are still to come, this one included: each gets its
-        part of what is left, and one upstream call is kept for every other.
+        part of what is left, and as the last of them makes the answer, one upstream call is kept for it.
 
         Raises:
             DeadlineError: the time is over.
@@ -108,16 +108,16 @@ class Account:
     def _admit_calls(self, request: ChatRequest, shares: int) -> tuple[int, ChatRequest]:
         if self.budget.calls is None:
             return 1, request
-        left = self.budget.calls - self.calls - self._held.calls
-        if left < shares:
+        left = self.budget.calls - self.calls - self._held_calls
+        if left < min(shares, 2):
             raise _used_up("calls", f"{self.budget.calls} calls")
-        attempts = min(left // shares, request.max_attempts or MAX_ATTEMPTS)
+        attempts = min(max(1, left // shares), request.max_attempts or MAX_ATTEMPTS)
         return attempts, request.with_(max_attempts=attempts)
 
     def _admit_tokens(self, request: ChatRequest, shares: int) -> tuple[int, ChatRequest]:
         if self.budget.tokens is None:
             return 0, request
-        left = self.budget.tokens - self.tokens - self._held.tokens
+        left = self.budget.tokens - self.tokens - self._held_tokens
         read = estimate_tokens(request).input
         room = left // shares - read
         if room < MIN_OUTPUT_TOKENS:
@@ -128,7 +128,7 @@ class Account:
     def _admit_usd(self, worker: str, request: ChatRequest) -> float:
         if self.budget.usd is None:
             return 0.0
-        left = self.budget.usd - self.usd - self._held.usd
+        left = self.budget.usd - self.usd - self._held_usd
         estimate = estimate_tokens(request)
         price = self._price(worker, estimate.input, estimate.output) if self._price is not None else None
         if left <= 0 or (price is not None and price > left):
@@ -136,8 +136,9 @@ class Account:
         return price or 0.0
 
     def _hold(self, usd: float, tokens: int, calls: int) -> None:
-        held = self._held
-        self._held = Grant(held.request, held.usd + usd, held.tokens + tokens, held.calls + calls)
+        self._held_usd += usd
+        self._held_tokens += tokens
+        self._held_calls += calls
 
 
 def _used_up(what: Resource, limit: str) -> BudgetError:
