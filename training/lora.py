@@ -117,7 +117,7 @@ class Learner:
                 raise ConfigError(f"no adapter fits the model in {folder}: {str(error)[:200]}") from error
         self.model.train()
         self._base: Any = self.model.get_base_model()
-        self._end = _end_token(self._base, self._tokenizer)
+        self._end = end_token(self._base, self._tokenizer)
         self._window: tuple[int, list[list[Encoded]]] = (-1, [])
         self._learnt = [weight for weight in self.model.parameters() if weight.requires_grad]
         self._optimiser = torch.optim.AdamW(self._learnt, lr=settings.learning_rate, weight_decay=0.0)
@@ -133,7 +133,7 @@ class Learner:
         for group in self._optimiser.param_groups:
             group["lr"] = self.settings.rate(self.done)
         self._optimiser.zero_grad(set_to_none=True)
-        with self._attention():
+        with attention_on(self._base.device):
             logits, wanted = self._answers(batch)
             loss = torch.nn.functional.cross_entropy(logits, wanted)
             loss.backward()
@@ -158,23 +158,12 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """Write the state to go on from, atomically."""
-        folder.mkdir(parents=True, exist_ok=True)
         state = {
-            "identity": self._identity,
             "done": self.done,
             "weights": [weight.detach().cpu() for weight in self._learnt],
             "optimiser": self._optimiser.state_dict(),
         }
-        temporary = folder / f".{STATE}.{os.getpid()}"
-        try:
-            with temporary.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, folder / STATE)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_state(folder, self._identity, state)
 
     def restore(self, folder: Path) -> None:
         """Go on from a saved state.
@@ -182,42 +171,11 @@ class Learner:
         Raises:
             CheckpointError: there is none, it cannot be read, or it is of another run; names what differs.
         """
-        path = folder / STATE
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            theirs = dict(state["identity"])
-            ours = self._identity
-            if other := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
-                raise CheckpointError(f"{path} is of another run: {', '.join(other)} differ")
-            with torch.no_grad():
-                for weight, saved in zip(self._learnt, state["weights"], strict=True):
-                    weight.copy_(saved)
-            self._optimiser.load_state_dict(state["optimiser"])
-            self.done = int(state["done"])
-        except FileNotFoundError as error:
-            raise CheckpointError(f"there is nothing to resume: no {path}") from error
-        except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
-            raise CheckpointError(f"cannot read {path}: {type(error).__name__}") from error
+        self.done = restore_state(folder, self._identity, self._learnt, self._optimiser)
 
     def export(self, folder: Path, *, base: str) -> None:
         """Write the adapter in peft's layout, in bfloat16; `base` is the name of the model that it belongs to."""
-        from peft import get_peft_model_state_dict
-        from safetensors.torch import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = get_peft_model_state_dict(self.model)
-        halves = {name: weight.detach().to("cpu", torch.bfloat16).contiguous() for name, weight in weights.items()}
-        temporary = folder / f".adapter.{os.getpid()}"
-        save_file(halves, temporary, metadata={"format": "pt"})
-        os.replace(temporary, folder / "adapter_model.safetensors")
-        config = self.model.peft_config["default"]
-        config.base_model_name_or_path, config.inference_mode = base, True
-        config.save_pretrained(str(folder))
-
-    def _attention(self) -> AbstractContextManager[None]:
-        """On a CPU the backward pass of torch's fused attention takes a quarter of a step with questions this short;
-        spelt out, it takes next to nothing."""
-        return sdpa_kernel(SDPBackend.MATH) if self._base.device.type == "cpu" else nullcontext()
+        write_adapter(self.model, folder, base=base)
 
     def _encode(self, talk: Talk) -> Encoded:
         prompt = self._tokenizer(render(self._tokenizer, talk.messages), add_special_tokens=False)["input_ids"]
@@ -256,12 +214,75 @@ class Learner:
         return logits.float(), wanted[counts].to(device)
 
 
-def _end_token(model: Any, tokenizer: Any) -> int:
+def end_token(model: Any, tokenizer: Any) -> int:
     """What ends an answer where the model is served: the first of what the local engine stops at."""
     ends = model.generation_config.eos_token_id
     if isinstance(ends, list):
         return int(ends[0])
     return int(tokenizer.eos_token_id if ends is None else ends)
+
+
+def attention_on(device: torch.device) -> AbstractContextManager[None]:
+    """On a CPU the backward pass of torch's fused attention takes a quarter of a step with questions this short;
+    spelt out, it takes next to nothing."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
+def write_state(folder: Path, identity: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Write what a run goes on from, atomically. `identity` is what a run must agree in to go on with it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{STATE}.{os.getpid()}"
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"identity": dict(identity), **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / STATE)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def restore_state(
+    folder: Path, identity: Mapping[str, Any], learnt: Sequence[Tensor], optimiser: torch.optim.Optimizer
+) -> int:
+    """Put back weights and optimiser; returns the steps done.
+
+    Raises:
+        CheckpointError: there is no state, it cannot be read, or it is of another run; names what differs.
+    """
+    path = folder / STATE
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        theirs = dict(state["identity"])
+        names = identity.keys() | theirs.keys()
+        if other := sorted(name for name in names if identity.get(name) != theirs.get(name)):
+            raise CheckpointError(f"{path} is of another run: {', '.join(other)} differ")
+        with torch.no_grad():
+            for weight, saved in zip(learnt, state["weights"], strict=True):
+                weight.copy_(saved)
+        optimiser.load_state_dict(state["optimiser"])
+        return int(state["done"])
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is nothing to resume: no {path}") from error
+    except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
+        raise CheckpointError(f"cannot read {path}: {type(error).__name__}") from error
+
+
+def write_adapter(model: Any, folder: Path, *, base: str) -> None:
+    """Write a peft model's adapter in its layout, in bfloat16; `base` is the name of the model below."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = get_peft_model_state_dict(model)
+    halves = {name: weight.detach().to("cpu", torch.bfloat16).contiguous() for name, weight in weights.items()}
+    temporary = folder / f".adapter.{os.getpid()}"
+    save_file(halves, temporary, metadata={"format": "pt"})
+    os.replace(temporary, folder / "adapter_model.safetensors")
+    config = model.peft_config["default"]
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(str(folder))
 
 
 def _pieces(items: Sequence[Encoded], size: int) -> Iterator[list[Encoded]]:

@@ -14,9 +14,7 @@ import argparse
 import json
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +32,7 @@ from training.evaluate import Estimate, bootstrap
 from training.grading import grade
 from training.ground_families import GROUNDS
 from training.grounds import ground_tasks, problem_at
+from training.lora_run import Course, learn
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -183,13 +182,25 @@ def run(settings: SpecialistRun) -> SpecialistReport:
     elif (settings.folder / "state.pt").exists():
         raise ConfigError(f"{settings.folder} holds the state of a run; resume it, or remove that folder")
     validation = [talk(index, "val") for index in range(settings.validation)]
-    loss, right, steps, seconds = _train(learner, settings, validation)
+    course = Course(
+        settings.ground, settings.folder, settings.checkpoint_every, settings.validate_every, settings.progress
+    )
+    learnt = learn(learner, course, validation)
     learner.export(settings.out, base=files.id)
     found = None
     if settings.measure.tasks:
         adapters = {settings.ground: settings.out}
         found = measure(files.folder, adapters, settings.measure, system=settings.system, device=settings.device)
-    report = SpecialistReport(settings.out, settings.ground, learner.numbers, steps, seconds, loss, right, found)
+    report = SpecialistReport(
+        settings.out,
+        settings.ground,
+        learner.numbers,
+        learnt.steps,
+        learnt.seconds,
+        learnt.loss,
+        learnt.right,
+        found,
+    )
     about = {
         "command": settings.command,
         "model": f"{files.id}@{files.revision}",
@@ -245,59 +256,6 @@ def measure(
     finally:
         engine.close()
     return Measured(grounds, families)
-
-
-def _train(learner: Learner, settings: SpecialistRun, validation: Sequence[Talk]) -> tuple[float, float, int, float]:
-    """All steps that are left. Returns loss and share right of the last validation, steps taken and their seconds."""
-    started, first, total = time.monotonic(), learner.done, settings.settings.steps
-    loss, right = float("nan"), float("nan")
-    with _shown(settings, learner.done) as show:
-        try:
-            while learner.done < total:
-                rate = settings.settings.rate(learner.done)
-                row = {"step": learner.done + 1, "loss": learner.step(), "rate": rate}
-                if learner.done % settings.validate_every == 0 or learner.done == total:
-                    loss, right = learner.held_out(validation)
-                    row |= {"val_loss": loss, "val_right": right}
-                show(row | {"seconds": round(time.monotonic() - started, 2)})
-                if learner.done % settings.checkpoint_every == 0 or learner.done == total:
-                    learner.save(settings.folder)
-        except KeyboardInterrupt:
-            learner.save(settings.folder)
-            raise
-    if learner.done == first:  # resumed at its end
-        loss, right = learner.held_out(validation)
-    return loss, right, learner.done - first, round(time.monotonic() - started, 1)
-
-
-@contextmanager
-def _shown(settings: SpecialistRun, done: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Show and keep each step: a progress bar, and a line of `curve.jsonl`. A resumed run drops the lines of the steps
-    that it takes again."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    settings.folder.mkdir(parents=True, exist_ok=True)
-    curve = settings.folder / "curve.jsonl"
-    old = curve.read_text(encoding="utf-8").splitlines() if done and curve.exists() else []
-    # A kill can leave half a line at the end; its step is taken again.
-    kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= done]
-    curve.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    columns = (TextColumn(settings.ground), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
-    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not settings.progress)
-    validated = ""
-    with curve.open("a", encoding="utf-8") as lines, bar:
-        line = bar.add_task("", total=settings.settings.steps, completed=done, state="")
-
-        def show(row: Mapping[str, Any]) -> None:
-            nonlocal validated
-            lines.write(json.dumps(row) + "\n")
-            lines.flush()
-            if "val_right" in row:
-                validated = f", {row['val_right']:.0%} of held-out right"
-            bar.update(line, completed=row["step"], state=f"loss {row['loss']:.3f}{validated}")
-
-        yield show
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
