@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Literal
 
 from actors.messages import ChatRequest, Message
+from orchestrator.placeholders import fill
 from orchestrator.roles import with_note
 from orchestrator.workflow import Workflow
+
+StepStyle = Literal["full", "bare"]
 
 MAX_OUTPUT_CHARS = 65_536
 
@@ -28,14 +32,23 @@ _TAG = re.compile(r"<(?=[\s/\\]*(?:agent|subtask)\b|[\s/\\]*agent_)", re.IGNOREC
 
 
 def step_messages(
-    request: ChatRequest, workflow: Workflow, index: int, outputs: Mapping[int, str | None]
+    request: ChatRequest,
+    workflow: Workflow,
+    index: int,
+    outputs: Mapping[int, str | None],
+    style: StepStyle = "full",
 ) -> tuple[Message, ...]:
-    """The request's conversation, with granted outputs, subtask and instruction appended to its last user message.
+    """The request's conversation, with granted outputs, subtask and instruction appended to its last user message; in
+    the `bare` style the subtask alone, `{0}` in it replaced by the output of step 0 where that is granted. That is for
+    workers so small that they can do one question and nothing else.
 
     `outputs` may hold the outputs of all steps so far; only those in the step's access list are read. A granted one
     that is None or absent is told as failed.
     """
     step = workflow.steps[index]
+    if style == "bare":
+        granted = {i: text for i in step.access if (text := outputs.get(i)) is not None}
+        return (Message("user", fill(step.subtask, granted)),)
     notes = []
     if step.access:
         notes.append(_OTHERS)

@@ -18,6 +18,7 @@ from actors.errors import AllWorkersFailedError, BudgetError, DeadlineError, Fug
 from actors.estimate import estimate_tokens, text_tokens
 from actors.messages import ChatReply, ChatRequest, Usage, Worker
 from orchestrator import dispatch
+from orchestrator.access import StepStyle
 from orchestrator.access import step_messages as step_messages
 from orchestrator.budget import Account, Budget, Clock, Grant, Resource
 from orchestrator.run import Run as Run
@@ -39,10 +40,11 @@ Prepare = Callable[[int, ChatRequest], ChatRequest]
 @dataclass(frozen=True, slots=True)
 class ExecutorSettings:
     """`on_failure`: whether a step that no worker could do is left out, its readers being told, or ends the run.
-    `fallbacks`: how many further workers may try a step."""
+    `fallbacks`: how many further workers may try a step. `steps`: how a step is told (`access.step_messages`)."""
 
     on_failure: Literal["skip", "fail"] = "skip"
     fallbacks: int = 2
+    steps: StepStyle = "full"
 
 
 async def execute(
@@ -252,7 +254,7 @@ class _Running:
         # A step that is written twice is meant to be answered twice, whatever a cache or a fixed seed says.
         twins = steps[:index].count(steps[index])
         request = request.with_(
-            messages=step_messages(request, self.workflow, index, self._outputs()),
+            messages=step_messages(request, self.workflow, index, self._outputs(), self.settings.steps),
             sample_index=request.sample_index + twins,
             seed=None if request.seed is None else request.seed + twins,
         )
