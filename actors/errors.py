@@ -14,6 +14,7 @@
     │   ├── RequestTimeoutError           408   the request's body did not arrive in time
     │   ├── PayloadTooLargeError          413
     │   ├── NoWorkerAllowedError          400   constraints leave no worker
+    │   ├── WorkflowGoneError             404   tool results for a workflow that is not known (any more)
     │   ├── BudgetError                   400   the request's own budget was used up before there was an answer
     │   └── ContextLengthError            400   longer than the worker's context
     ├── PlanError                         422   a workflow that a model wrote cannot be used; `kind` says why
@@ -155,6 +156,11 @@ class PayloadTooLargeError(RequestError):
 
 class NoWorkerAllowedError(RequestError):
     code = "no_worker_allowed"
+
+
+class WorkflowGoneError(RequestError):
+    status = 404
+    code = "workflow_not_found"
 
 
 class BudgetError(RequestError):

@@ -195,8 +195,8 @@ Write the workflow again, ending with the three lists model_id, subtasks and acc
 
 _AGAIN = """\
 This is what your workflow came to. If it answers the question well, keep it by writing three empty lists. If it does \
-not, say in a sentence what went wrong and write another workflow; a step of it that may read ["all"] also reads this \
-result."""
+not, say in a sentence what went wrong and write another workflow; its first step, and those that may read ["all"], \
+also read this result."""
 
 _EXAMPLES = (
     _Example(

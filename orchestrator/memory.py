@@ -1,0 +1,247 @@
+"""Tools inside a workflow: who called which, and how a workflow that waits for its caller's tools goes on.
+
+Any step's worker may call a tool at any time. The call goes to the caller under an id that names the paused workflow
+and the step, so that its result finds the way back to the agent that asked (Fugu report §3.2.2). Inside a workflow an
+agent sees its own calls and their results only; those of earlier workflows are part of the conversation, which all
+see. What is kept of a paused workflow is plan, outputs and what its agents said; results stay with the caller, who
+sends the conversation again.
+
+A pause is never changed: the next one has an id of its own. So a request that is sent twice goes on twice from the
+same place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from actors.errors import PlanError, RequestError, WorkflowGoneError
+from actors.messages import ChatReply, Message, Thought, ToolCall
+from orchestrator import workflow as plans
+from orchestrator.conductor_prompt import Round
+from orchestrator.workflow import Workflow
+
+_VERSION = 1
+_ID = re.compile(r"wf_([a-z2-7]{16})_(\d{1,2})_(\d{1,3})")
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
+_LOST = "(This result is no longer in the conversation.)"
+
+
+@dataclass(frozen=True, slots=True)
+class CallRef:
+    """What a tool call's id says: the pause it belongs to, the step that made it, and its number there."""
+
+    pause: str
+    step: int
+    number: int
+
+    def __str__(self) -> str:
+        """At most 26 letters, digits and underscores: every provider takes that for an id."""
+        return f"wf_{self.pause}_{self.step}_{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A step that waits for its caller's tools. `said` are its worker's messages in this workflow, oldest first, each
+    with the calls under the ids that the caller knows; those of the last one are open."""
+
+    step: int
+    worker: str
+    said: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a finished step came to; `text` is None where it failed."""
+
+    worker: str
+    text: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """A workflow that waits. `bare`: its only step is the conversation itself (no plan was made); `rounds` are those
+    before this one, `earlier` the ids of this workflow's earlier pauses."""
+
+    id: str
+    workflow: Workflow
+    waiting: tuple[Waiting, ...]
+    outputs: Mapping[int, Output]
+    bare: bool = False
+    rounds: tuple[Round, ...] = ()
+    earlier: tuple[str, ...] = ()
+
+    @property
+    def open_calls(self) -> tuple[ToolCall, ...]:
+        """What the caller is to do, step by step."""
+        return tuple(call for waiting in self.waiting for call in waiting.said[-1].tool_calls)
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Where a paused workflow goes on: `base` is the conversation that it answers, `histories[step]` the step's own
+    messages and tool results."""
+
+    paused: Paused
+    base: tuple[Message, ...]
+    histories: Mapping[int, tuple[Message, ...]]
+
+
+def new_pause_id() -> str:
+    """80 random bits: nobody guesses another caller's."""
+    return "".join(secrets.choice(_ALPHABET) for _ in range(16))
+
+
+def waiting_for(pause: str, step: int, reply: ChatReply, before: Sequence[Message] = ()) -> Waiting:
+    """A step whose worker has just called tools; its calls get ids of ours. `before` is what it said earlier."""
+    calls = tuple(replace(call, id=str(CallRef(pause, step, number))) for number, call in enumerate(reply.tool_calls))
+    said = Message("assistant", reply.text, tool_calls=calls, thoughts=reply.thoughts)
+    return Waiting(step, reply.worker, (*before, said))
+
+
+def call_ref(id: str | None) -> CallRef | None:
+    """What an id of ours says; None for one of somebody else's."""
+    found = _ID.fullmatch(id or "")
+    return None if found is None else CallRef(found[1], int(found[2]), int(found[3]))
+
+
+def awaited(messages: Sequence[Message]) -> str | None:
+    """The pause whose tools a conversation ends with the results of; None where it ends otherwise.
+
+    Raises:
+        RequestError: the last results belong to several pauses.
+    """
+    pauses = set()
+    for message in reversed(messages):
+        if message.role != "tool":
+            break
+        ref = call_ref(message.tool_call_id)
+        if ref is not None:
+            pauses.add(ref.pause)
+    if len(pauses) > 1:
+        raise RequestError("messages: the last tool results belong to several answers", param="messages")
+    return pauses.pop() if pauses else None
+
+
+def resume(paused: Paused, messages: Sequence[Message]) -> Resumed:
+    """Bring a conversation's tool results to the steps that asked for them.
+
+    Raises:
+        RequestError: an open call has no result; names its id.
+    """
+    ours = {paused.id, *paused.earlier}
+    begin = next(
+        (index for index, message in enumerate(messages) if message.tool_calls and _pauses(message) & ours),
+        # The caller kept the results only, and not who asked for them.
+        next(index for index, message in enumerate(messages) if _answers(message) in ours),
+    )
+    results = {message.tool_call_id: message for message in messages[begin:] if message.role == "tool"}
+    missing = [call.id for call in paused.open_calls if call.id not in results]
+    if missing:
+        raise RequestError(f"messages: the tool call {missing[0]} has no result", param="messages")
+    histories = {waiting.step: _history(waiting.said, results) for waiting in paused.waiting}
+    return Resumed(paused, tuple(messages[:begin]), histories)
+
+
+def _history(said: Sequence[Message], results: Mapping[str | None, Message]) -> tuple[Message, ...]:
+    history: list[Message] = []
+    for message in said:
+        history.append(message)
+        for call in message.tool_calls:
+            history.append(results.get(call.id) or Message("tool", _LOST, tool_call_id=call.id))
+    return tuple(history)
+
+
+def _pauses(message: Message) -> set[str]:
+    return {ref.pause for call in message.tool_calls if (ref := call_ref(call.id)) is not None}
+
+
+def _answers(message: Message) -> str | None:
+    ref = call_ref(message.tool_call_id) if message.role == "tool" else None
+    return None if ref is None else ref.pause
+
+
+# As text, for a store -------------------------------------------------------------------------------------------------
+
+
+def to_text(paused: Paused) -> str:
+    return json.dumps(
+        {
+            "version": _VERSION,
+            "workflow": plans.as_dict(paused.workflow),
+            "waiting": [
+                {
+                    "step": waiting.step,
+                    "worker": waiting.worker,
+                    "said": [_message(message) for message in waiting.said],
+                }
+                for waiting in paused.waiting
+            ],
+            "outputs": {str(step): [output.worker, output.text] for step, output in paused.outputs.items()},
+            "bare": paused.bare,
+            "rounds": [[each.plan, each.result] for each in paused.rounds],
+            "earlier": list(paused.earlier),
+        },
+        ensure_ascii=False,
+    )
+
+
+def from_text(id: str, text: str) -> Paused:
+    """Read what `to_text` wrote.
+
+    Raises:
+        WorkflowGoneError: another version of this program wrote it, or it is damaged.
+    """
+    try:
+        data = json.loads(text)
+        if data["version"] != _VERSION:
+            raise WorkflowGoneError(_gone(id, "was kept by another version of this server"), param="messages")
+        workflow = plans.from_json(json.dumps(data["workflow"]))
+        steps = range(len(workflow.steps))
+        waiting = tuple(_waiting(each) for each in data["waiting"])
+        outputs = {int(step): Output(str(worker), text) for step, (worker, text) in data["outputs"].items()}
+        rounds = tuple(Round(str(plan), str(result)) for plan, result in data["rounds"])
+        earlier = tuple(str(each) for each in data["earlier"])
+        fits = all(step in steps for step in [*outputs, *(each.step for each in waiting)])
+    except (ValueError, KeyError, TypeError, AttributeError, PlanError, RecursionError):
+        fits = False
+    if not fits:
+        raise WorkflowGoneError(_gone(id, "was not kept whole"), param="messages")
+    return Paused(id, workflow, waiting, outputs, bool(data["bare"]), rounds, earlier)
+
+
+def gone(id: str) -> WorkflowGoneError:
+    """The error for an id that the store does not know (any more)."""
+    return WorkflowGoneError(_gone(id, "is not known here, or no longer"), param="messages")
+
+
+def _gone(id: str, why: str) -> str:
+    return (
+        f"messages: the workflow that the tool calls wf_{id}_… belong to {why}; add a user message to the "
+        "conversation and it will be planned anew, with these tool results in view"
+    )
+
+
+def _message(message: Message) -> dict[str, Any]:
+    return {
+        "text": message.text,
+        "calls": [[call.id, call.name, call.arguments] for call in message.tool_calls],
+        "thoughts": [asdict(thought) for thought in message.thoughts],
+    }
+
+
+def _waiting(data: Mapping[str, Any]) -> Waiting:
+    said = tuple(
+        Message(
+            "assistant",
+            str(each["text"]),
+            tool_calls=tuple(ToolCall(str(id), str(name), str(arguments)) for id, name, arguments in each["calls"]),
+            thoughts=tuple(Thought(**thought) for thought in each["thoughts"]),
+        )
+        for each in data["said"]
+    )
+    return Waiting(int(data["step"]), str(data["worker"]), said)
