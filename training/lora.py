@@ -79,6 +79,10 @@ class Encoded:
     tokens: tuple[int, ...]
     answer: int
 
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.tokens[: -self.answer]
+
 
 class Learner:
     """A frozen model, the adapter being learnt over it, and its optimiser. `done` counts the steps taken."""
@@ -103,7 +107,7 @@ class Learner:
         dtype = None if precision == "auto" else getattr(torch, precision)
         loaded = load_model(folder, device=device, adapters={}, dtype=dtype)
         self.settings, self.done = settings, 0
-        self._talk, self._tokenizer = talk, loaded.tokenizer
+        self._talk, self.tokenizer = talk, loaded.tokenizer
         self._identity = {**asdict(settings), **(identity or {}), "dtype": str(loaded.model.dtype)}
         config = LoraConfig(
             r=settings.rank, lora_alpha=settings.alpha, target_modules=list(settings.targets), task_type="CAUSAL_LM"
@@ -117,7 +121,7 @@ class Learner:
                 raise ConfigError(f"no adapter fits the model in {folder}: {str(error)[:200]}") from error
         self.model.train()
         self._base: Any = self.model.get_base_model()
-        self._end = end_token(self._base, self._tokenizer)
+        self.end = end_token(self._base, self.tokenizer)
         self._window: tuple[int, list[list[Encoded]]] = (-1, [])
         self._learnt = [weight for weight in self.model.parameters() if weight.requires_grad]
         self._optimiser = torch.optim.AdamW(self._learnt, lr=settings.learning_rate, weight_decay=0.0)
@@ -147,7 +151,7 @@ class Learner:
         """Loss per answer token, and the share of answers that greedy decoding gets right to the last token: it does
         exactly where each answer token is the most probable one after those before it."""
         loss, right, tokens = 0.0, 0, 0
-        encoded = sorted(map(self._encode, talks), key=lambda one: len(one.tokens))
+        encoded = sorted(map(self.encode, talks), key=lambda one: len(one.tokens))
         for batch in _pieces(encoded, self.settings.batch):
             logits, wanted = self._answers(batch)
             loss += float(torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"))
@@ -177,10 +181,10 @@ class Learner:
         """Write the adapter in peft's layout, in bfloat16; `base` is the name of the model that it belongs to."""
         write_adapter(self.model, folder, base=base)
 
-    def _encode(self, talk: Talk) -> Encoded:
-        prompt = self._tokenizer(render(self._tokenizer, talk.messages), add_special_tokens=False)["input_ids"]
-        answer = self._tokenizer(talk.answer, add_special_tokens=False)["input_ids"]
-        return Encoded((*prompt, *answer, self._end), len(answer) + 1)
+    def encode(self, talk: Talk) -> Encoded:
+        prompt = self.tokenizer(render(self.tokenizer, talk.messages), add_special_tokens=False)["input_ids"]
+        answer = self.tokenizer(talk.answer, add_special_tokens=False)["input_ids"]
+        return Encoded((*prompt, *answer, self.end), len(answer) + 1)
 
     def _batch(self, step: int) -> list[Encoded]:
         """The examples of a step. Which ones they are depends on nothing but the step."""
@@ -188,7 +192,7 @@ class Learner:
         place, within = divmod(step, window)
         if self._window[0] != place:
             first = place * window * size
-            drawn = [self._encode(self._talk(index)) for index in range(first, first + window * size)]
+            drawn = [self.encode(self._talk(index)) for index in range(first, first + window * size)]
             batches = list(_pieces(sorted(drawn, key=lambda one: len(one.tokens)), size))
             random.Random(f"{self.settings.seed} {place}").shuffle(batches)
             self._window = (place, batches)

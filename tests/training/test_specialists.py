@@ -56,8 +56,8 @@ def test_the_loss_is_that_of_the_answers_tokens_alone(folder: Path) -> None:
     loss, _ = ours.held_out(talks)
     total, count = 0.0, 0
     for one in talks:
-        prompt = ours._tokenizer(render(ours._tokenizer, one.messages))["input_ids"]
-        answer = [*ours._tokenizer(one.answer)["input_ids"], ours._tokenizer.pad_token_id]
+        prompt = ours.tokenizer(render(ours.tokenizer, one.messages))["input_ids"]
+        answer = [*ours.tokenizer(one.answer)["input_ids"], ours.tokenizer.pad_token_id]
         tokens, labels = torch.tensor([[*prompt, *answer]]), torch.tensor([[-100] * len(prompt) + answer])
         with torch.no_grad():
             total += float(ours.model(input_ids=tokens, labels=labels).loss) * len(answer)
@@ -98,7 +98,7 @@ def test_the_model_itself_stays_as_it_is(folder: Path) -> None:
 def test_batches_hold_every_example_of_their_window_once(folder: Path) -> None:
     ours = learner(folder)
     seen = [one.tokens for step in range(4) for one in ours._batch(step)]
-    wanted = [ours._encode(talk(index)).tokens for index in range(16)]
+    wanted = [ours.encode(talk(index)).tokens for index in range(16)]
     assert sorted(seen) == sorted(wanted)
     lengths = [[len(one.tokens) for one in ours._batch(step)] for step in range(2)]
     assert max(lengths[0]) <= min(lengths[1]) or max(lengths[1]) <= min(lengths[0])
