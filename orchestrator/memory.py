@@ -207,6 +207,7 @@ def from_text(id: str, text: str) -> Paused:
         rounds = tuple(Round(str(plan), str(result)) for plan, result in data["rounds"])
         earlier = tuple(str(each) for each in data["earlier"])
         fits = all(step in steps for step in [*outputs, *(each.step for each in waiting)])
+        fits = fits and all(each.said for each in waiting)
     except (ValueError, KeyError, TypeError, AttributeError, PlanError, RecursionError):
         fits = False
     if not fits:
