@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import shutil
 import socket
 import stat
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from actors.config import ServeConfig
 from actors.errors import ConfigError
+
+# Ray's own numbers, for nodes that have them to themselves.
+CLUSTER_PORTS = (8404, 9101, 8500, 9500)
 
 # Ray's HAProxy template opens its statistics and metrics on every interface, and answers a replica's death with plain
 # text. This stands in for the binary: it mends the configuration, then becomes HAProxy (same process id, same
@@ -50,29 +55,38 @@ def prepare(config: ServeConfig, folder: Path) -> bool:
     """
     if "ray" in sys.modules:
         raise ConfigError("ray was imported before its settings were made")
-    os.environ |= {
+    made = settings(config, folder, free_ports(4))
+    # What the user chose for threads stays.
+    made["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", made["OMP_WAIT_POLICY"])
+    os.environ |= made
+    return made["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+
+
+def settings(config: ServeConfig, folder: Path, ports: Sequence[int]) -> dict[str, str]:
+    """The environment of every process of a Ray that serves this configuration. `ports` are those of HAProxy's
+    statistics and metrics and of Serve's fallback proxies; the wrapper for HAProxy is written to `folder`."""
+    made = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.edge.middlewares",
         # How long a replica that stops stays reachable, so that the proxy can notice.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",
+        # Router and local engine share cores: threads that spin at a barrier while another process needs the core
+        # made small matrix products several times slower.
+        "OMP_WAIT_POLICY": "PASSIVE",
     }
-    # Router and local engine share cores: threads that spin at a barrier while another process needs the core made
-    # small matrix products several times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     binary = haproxy_binary() if config.ha_proxy else None
     if binary is None:
-        os.environ |= {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
-        return False
-    stats, metrics, fallback, grpc = free_ports(4)
+        return made | {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
+    stats, metrics, fallback, grpc = ports
     wrapper, error = folder / "haproxy", folder / "error.http"
     head = ("HTTP/1.1 503 Service Unavailable", "Content-Type: application/json", "Retry-After: 1")
     lines = (*head, f"Content-Length: {len(_ERROR_BODY)}", "", _ERROR_BODY)
     error.write_bytes("\r\n".join(lines).encode())
     wrapper.write_text(_WRAPPER.format(stats=stats, error=error, binary=binary))
     wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
-    os.environ |= {
+    return made | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
@@ -92,7 +106,6 @@ def prepare(config: ServeConfig, folder: Path) -> bool:
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(config.drain) + 5),
         "RAY_SERVE_HAPROXY_MAXCONN": str(max(4096, 2 * config.max_ongoing_requests)),
     }
-    return True
 
 
 def haproxy_binary() -> str | None:
@@ -117,3 +130,15 @@ def free_ports(count: int) -> list[int]:
     finally:
         for each in sockets:
             each.close()
+
+
+def main(folder: Path) -> None:
+    """Print `export` lines for a shell that starts a node: `python -m serve.environment FOLDER`. The ports are
+    Ray's own, the same on every node."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in settings(ServeConfig(), folder, CLUSTER_PORTS).items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,71 @@
+#!/bin/sh
+# What a node does: `setup` (once), `head` or `worker` (start Ray), `run COMMAND…` (in the cluster's environment),
+# `env` (that environment, for a shell). Ray's launcher and the Kubernetes manifest call it.
+set -eu
+
+code=$(cd "$(dirname "$0")/.." && pwd)
+venv=${FUGU_VENV:-$HOME/venv}
+action=$1
+shift
+
+setup() {
+    if [ ! -x "$venv/bin/python" ]; then
+        for python in python3.11 python3.12 python3.13 python3; do
+            "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && break
+        done
+        "$python" -m venv "$venv"
+    fi
+    # Dependencies once, and again when they change; the code itself is used where it lies.
+    wanted=$(cat "$code/pyproject.toml" "$code/constraints.txt" | cksum)
+    if [ "$(cat "$venv/.fugu" 2>/dev/null)" != "$wanted" ]; then
+        "$venv/bin/pip" install --disable-pip-version-check -q -c "$code/constraints.txt" -e "$code[train]"
+        echo "$wanted" > "$venv/.fugu"
+    fi
+    # `ray down`, `ray exec` and `fugu` find the same programs and settings as Ray itself.
+    line=". $HOME/.fugu/profile"
+    mkdir -p "$HOME/.fugu"
+    echo "eval \"\$(FUGU_VENV='$venv' sh '$code/cluster/node.sh' env)\"" > "$HOME/.fugu/profile"
+    grep -qxF "$line" "$HOME/.bashrc" 2>/dev/null || echo "$line" >> "$HOME/.bashrc"
+}
+
+environment() {
+    secrets=${FUGU_ENV:-/etc/fugu/env}
+    echo "export PATH='$venv/bin:$PATH'"
+    echo "export PYTHONPATH='$code'"
+    if [ -r "$secrets" ]; then
+        # Read as text, never run: what stands behind the first = is the value.
+        sed -n "s/'/'\\\\''/g; s/^\([A-Za-z_][A-Za-z0-9_]*\)=\(.*\)$/export \1='\2'/p" "$secrets"
+    fi
+    echo "export RAY_AUTH_MODE=token"
+    PYTHONPATH="$code" "$venv/bin/python" -m serve.environment "$HOME/.fugu/serve"
+}
+
+start() {
+    ray stop --grace-period 10 > /dev/null
+    ulimit -n 65536 2> /dev/null || ulimit -n "$(ulimit -Hn)"
+    [ -z "${FUGU_RESOURCES:-}" ] || set -- "$@" --resources="$FUGU_RESOURCES"
+    exec ray start "$@" --disable-usage-stats
+}
+
+case $action in
+    setup) setup ;;
+    env) environment ;;
+    run)
+        eval "$(environment)"
+        exec "$@"
+        ;;
+    head)
+        eval "$(environment)"
+        # The dashboard is for the head itself; from elsewhere it is reached through ssh.
+        start --head --port=6379 --num-cpus=0 --dashboard-host=127.0.0.1 \
+            --autoscaling-config="$HOME/ray_bootstrap_config.yaml" "$@"
+        ;;
+    worker)
+        eval "$(environment)"
+        start --address="$RAY_HEAD_IP:6379" "$@"
+        ;;
+    *)
+        echo "node.sh: there is no action $action" >&2
+        exit 2
+        ;;
+esac
