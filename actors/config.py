@@ -4,6 +4,7 @@
     router:    RouterConfig      who decides
     conductor: ConductorConfig   who writes workflows, for fugu-ultra
     serve:     ServeConfig       how it is offered
+    placement: PlacementConfig   on which nodes of a cluster
 
 `${NAME}` takes an environment variable, `${NAME:-text}` falls back to `text`. A worker whose `api_key` names a
 variable that is not set is disabled with a reason, not an error; any other missing variable is an error.
@@ -12,6 +13,7 @@ Relative paths in the file are relative to the file.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Mapping
@@ -183,6 +185,14 @@ class Replicas(Strict):
         return self
 
 
+class Canary(Strict):
+    """A second checkpoint that decides a share (0..1) of the conversations, each of them from its first turn to its
+    last."""
+
+    checkpoint: Path
+    share: Annotated[float, Field(ge=0, le=1)]
+
+
 class RouterConfig(Strict):
     """The deciding model. Without a `checkpoint` nothing is learned yet: workers are tried in the order of the file.
 
@@ -190,10 +200,13 @@ class RouterConfig(Strict):
     the chosen one. `batch_wait_ms` and `max_batch` steer batching across requests; `max_tokens` is how much of a
     conversation the backbone reads (longer ones lose their middle). `max_turns` and `guard` are for `fugu-trinity`,
     where the checkpoint has roles: the most turns of a session, and whether it always ends with an answer.
+    `stay_margin` is by how much (in probability) another worker must be better than the one of the turn before to take
+    over a conversation within `stay_seconds`, the life of a provider's prompt cache; 0 always takes the best.
     """
 
     backbone: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     checkpoint: Path | None = None
+    canary: Canary | None = None
     choose: Literal["argmax", "sample"] = "argmax"
     fallbacks: Annotated[int, Field(ge=0, le=16)] = 2
     max_tokens: PositiveInt = 1024
@@ -202,6 +215,8 @@ class RouterConfig(Strict):
     timeout: Seconds = 30.0
     max_turns: Annotated[int, Field(ge=1, le=32)] = 5
     guard: bool = True
+    stay_margin: Annotated[float, Field(ge=0, le=1)] = 0.0
+    stay_seconds: Seconds = 300.0
 
 
 CONDUCTOR = "conductor"
@@ -278,7 +293,8 @@ class ConductorConfig(Strict):
 
 class ServeConfig(Strict):
     """The HTTP side. With `api_keys` every request needs one. A public `host` without keys is refused unless
-    `allow_public_without_keys` says that this is meant."""
+    `allow_public_without_keys` says that this is meant. `store` keeps responses on this machine for `store_days`,
+    unless a request says `store: false`: what `previous_response_id` goes on from."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
@@ -292,6 +308,8 @@ class ServeConfig(Strict):
     keep_alive: Seconds = 15.0
     request_timeout: Seconds = 7200.0
     drain: Seconds = 30.0
+    store: bool = True
+    store_days: Annotated[float, Field(gt=0, le=3650)] = 30.0
     ha_proxy: bool = True
 
     @field_validator("api_keys")
@@ -302,6 +320,18 @@ class ServeConfig(Strict):
         return keys
 
 
+class PlacementConfig(Strict):
+    """On which nodes of a cluster what runs, as names of custom resources (see cluster.yaml): provider actors where the
+    outside can be reached, gateways, router and conductor, rollouts. A name that no node has counts for nothing, so
+    that one machine needs no resources; with `required` it is asked for all the same, and the cluster starts a node
+    that has it."""
+
+    providers: Name = "egress"
+    serve: Name = "serve"
+    rollouts: Name = "rollout"
+    required: bool = False
+
+
 class FuguConfig(Strict):
     """The whole file. `disabled` maps a worker to the reason it is not in use; it is filled while loading."""
 
@@ -309,6 +339,7 @@ class FuguConfig(Strict):
     router: RouterConfig = RouterConfig()
     conductor: ConductorConfig | None = None
     serve: ServeConfig = ServeConfig()
+    placement: PlacementConfig = PlacementConfig()
     disabled: dict[str, str] = Field(default={}, exclude=True)
 
     @property
@@ -347,9 +378,17 @@ def load_config(path: Path | str, environ: Mapping[str, str] | None = None) -> F
             the file), names an unset variable outside `api_key`, or leaves no worker in use.
     """
     path = Path(path)
-    environ = os.environ if environ is None else environ
+    return parse_config(read_yaml(path), path.parent, str(path), environ)
+
+
+def read_yaml(path: Path) -> Any:
+    """What stands in a YAML file.
+
+    Raises:
+        ConfigError: it cannot be read, or is not YAML.
+    """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -357,28 +396,40 @@ def load_config(path: Path | str, environ: Mapping[str, str] | None = None) -> F
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}: {getattr(error, 'problem', None)}" if mark is not None else ""
         raise ConfigError(f"{path} is not valid YAML{where}") from None
+
+
+def parse_config(raw: Any, base: Path, where: str, environ: Mapping[str, str] | None = None) -> FuguConfig:
+    """The configuration that `raw` spells out; relative paths in it are relative to `base`, messages call it `where`.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    environ = os.environ if environ is None else environ
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must be a mapping with the keys workers, router, conductor, serve")
+        raise ConfigError(f"{where} must be a mapping with the keys workers, router, conductor, serve, placement")
     if not isinstance(raw.get("workers"), list):
-        raise ConfigError(f"{path}: workers: must be a list with at least one worker")
+        raise ConfigError(f"{where}: workers: must be a list with at least one worker")
     if "disabled" in raw:
-        raise ConfigError(f"{path}: disabled: unknown key")
+        raise ConfigError(f"{where}: disabled: unknown key")
+    raw = copy.deepcopy(raw)
     disabled = _take_out_unset_keys(raw, environ)
-    raw = _expand(raw, environ, str(path))
+    raw = _expand(raw, environ, where)
     for worker in raw["workers"]:
         if isinstance(worker, dict):
-            _resolve_paths(worker, ("adapter", "outcomes"), path.parent)
+            _resolve_paths(worker, ("adapter", "outcomes"), base)
     if isinstance(raw.get("router"), dict):
-        _resolve_paths(raw["router"], ("checkpoint",), path.parent)
+        _resolve_paths(raw["router"], ("checkpoint",), base)
+        if isinstance(raw["router"].get("canary"), dict):
+            _resolve_paths(raw["router"]["canary"], ("checkpoint",), base)
     if isinstance(raw.get("conductor"), dict):
-        _resolve_paths(raw["conductor"], ("adapter", "memory"), path.parent)
+        _resolve_paths(raw["conductor"], ("adapter", "memory"), base)
     try:
         config = FuguConfig.model_validate({**raw, "disabled": disabled})
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error)}") from None
+        raise ConfigError(f"{where}: {_explain(error)}") from None
     if not config.active:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in disabled.items())
-        raise ConfigError(f"{path}: no worker is left to answer ({reasons})")
+        raise ConfigError(f"{where}: no worker is left to answer ({reasons})")
     return config
 
 
