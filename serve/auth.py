@@ -6,9 +6,20 @@ import hashlib
 import hmac
 import ipaddress
 import socket
+from dataclasses import dataclass
 
 from actors.config import ServeConfig
 from actors.errors import AuthenticationError, ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whose request it is: a stable id of the key ("" where none is needed), under which what it keeps is found."""
+
+    id: str = ""
+
+
+ANYONE = Caller()
 
 
 class Keys:
@@ -17,14 +28,14 @@ class Keys:
     def __init__(self, config: ServeConfig) -> None:
         self._digests = tuple(_digest(key.get_secret_value().encode()) for key in config.api_keys)
 
-    def check(self, authorization: bytes | None) -> None:
-        """Let a request with one of the keys pass.
+    def check(self, authorization: bytes | None) -> Caller:
+        """Let a request with one of the keys pass; whose it is.
 
         Raises:
             AuthenticationError: no `Authorization: Bearer` header, or a key that is not ours.
         """
         if not self._digests:
-            return
+            return ANYONE
         scheme, _, key = (authorization or b"").partition(b" ")
         if scheme.lower() != b"bearer" or not key.strip():
             raise AuthenticationError("an API key is required: send it as `Authorization: Bearer <key>`")
@@ -33,6 +44,7 @@ class Keys:
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         if not any(matches):
             raise AuthenticationError("the API key is not one of this server's keys")
+        return Caller(given.hex()[:32])
 
 
 def check_bind(config: ServeConfig) -> None:

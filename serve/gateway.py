@@ -18,25 +18,35 @@ from starlette.types import Receive, Scope, Send
 
 from actors.config import FuguConfig
 from actors.errors import ConfigError, FuguError, MethodNotAllowedError, NotFoundError, OverloadedError, RequestError
+from actors.journal import state_dir
 from actors.messages import Worker
 from actors.pool import WorkerPool
+from serve.api.background import Background
 from serve.api.chat import ChatDialect
-from serve.api.endpoint import Endpoint
+from serve.api.conversations import Conversations
+from serve.api.endpoint import CountEndpoint, Dialect, Endpoint
 from serve.api.fugu import FuguEngine
 from serve.api.health import Readiness
 from serve.api.http import headers_of, send_error
 from serve.api.job import Deciding, Engine
+from serve.api.messages import MessagesDialect, count_tokens
 from serve.api.models import MODEL, models_body, one_model_body
+from serve.api.responses import ResponsesDialect
+from serve.api.responses_routes import add_routes
 from serve.api.session import TRINITY, TrinityEngine
 from serve.api.wishes import WishReader
 from serve.auth import Keys
 from serve.router import Decider, OrderDecider, RouterClient
 from serve.schema import ChatBody
+from serve.schema_messages import CountBody, MessagesBody
+from serve.schema_responses import ResponsesBody
+from serve.store import SqliteStore
 from serve.translate import dumps
 
 log = logging.getLogger("fugu.gateway")
 
-CHAT_PATH = ChatDialect.path
+COUNT_PATH = f"{MessagesDialect.path}/count_tokens"
+DAY = 86400.0
 
 
 class Gateway:
@@ -55,11 +65,16 @@ class Gateway:
         deciding = Deciding(config, workers, decider)
         engines: dict[str, Engine] = {MODEL: FuguEngine(deciding), TRINITY: TrinityEngine(deciding)}
         keys, wishes = Keys(config.serve), WishReader(config)
-        self._endpoints = {
-            dialect.path: Endpoint(dialect, deciding, engines, keys, wishes, no_roles=no_roles)
-            for dialect in (ChatDialect(),)
+        store = SqliteStore(state_dir() / "conversations.sqlite") if config.serve.store else None
+        conversations = Conversations(store, config.serve.store_days * DAY)
+        background = Background(conversations, config.serve.request_timeout)
+        dialects: tuple[Dialect, ...] = (ChatDialect(), ResponsesDialect(conversations), MessagesDialect())
+        self._endpoints: dict[str, Endpoint | CountEndpoint] = {
+            dialect.path: Endpoint(dialect, deciding, engines, keys, wishes, background, no_roles=no_roles)
+            for dialect in dialects
         }
-        self._rest = _rest(config, readiness, no_roles)
+        self._endpoints[COUNT_PATH] = CountEndpoint(MessagesDialect(), keys, config.serve, count_tokens)
+        self._rest = _rest(config, readiness, no_roles, conversations)
         self._limit = config.serve.max_ongoing_requests
         self._ongoing = 0
         # Serve names its metrics after the route that matches; the busiest first.
@@ -75,7 +90,8 @@ class Gateway:
             await self._rest(scope, receive, send)
             return
         if self._ongoing >= self._limit:
-            await send_error(send, OverloadedError(f"{self._limit} requests are being answered", retry_after=1))
+            error = OverloadedError(f"{self._limit} requests are being answered", retry_after=1)
+            await endpoint.refuse(scope, send, error)
             return
         self._ongoing += 1
         try:
@@ -121,7 +137,7 @@ class GatewayReplica:
         return None if failure is None else f"failed: {failure.message}"
 
 
-def _rest(config: FuguConfig, readiness: Readiness, no_roles: str | None) -> FastAPI:
+def _rest(config: FuguConfig, readiness: Readiness, no_roles: str | None, conversations: Conversations) -> FastAPI:
     """Everything but the hot path."""
     app = FastAPI(title="fugu", version="1", redirect_slashes=False)
     keys = Keys(config.serve)
@@ -149,9 +165,23 @@ def _rest(config: FuguConfig, readiness: Readiness, no_roles: str | None) -> Fas
         status, body = await readiness.body()
         return answer(body, status)
 
+    add_routes(app, conversations, keys)
+
     # For /docs only: `Gateway` takes these requests before FastAPI sees them.
-    @app.post(CHAT_PATH, summary="Answer a conversation", response_class=Response)
+    @app.post(ChatDialect.path, summary="Answer a conversation", response_class=Response)
     async def chat_completions(body: ChatBody) -> None:
+        raise NotImplementedError
+
+    @app.post(ResponsesDialect.path, summary="Answer, as OpenAI's Responses", response_class=Response)
+    async def responses(body: ResponsesBody) -> None:
+        raise NotImplementedError
+
+    @app.post(MessagesDialect.path, summary="Answer, as Anthropic's Messages", response_class=Response)
+    async def messages(body: MessagesBody) -> None:
+        raise NotImplementedError
+
+    @app.post(COUNT_PATH, summary="Estimate the tokens of a message", response_class=Response)
+    async def count(body: CountBody) -> None:
         raise NotImplementedError
 
     app.add_exception_handler(FuguError, _on_error)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -108,15 +108,23 @@ class StreamOptionsBody(Open):
 
 class FuguBody(Closed):
     """Constraints on the pool and what to tell about the decision. `tags`: a worker needs all of them. `show_turns`:
-    the turns of a `fugu-trinity` session come as reasoning."""
+    the turns of a `fugu-trinity` session (unless asked for, they do not), or plan and steps of `fugu-ultra` (unless
+    suppressed, they do) come as reasoning. What follows is for `fugu-ultra`: how often and how deep it may plan, and
+    what the request may take."""
 
     allow: Names | None = None
     deny: Names = ()
     tags: Names = ()
     trace: bool = False
-    show_turns: bool = False
+    show_turns: bool | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     choose: Literal["argmax", "sample"] | None = None
+    max_rounds: Annotated[int, Field(ge=1, le=8)] | None = None
+    max_recursion: Annotated[int, Field(ge=0, le=3)] | None = None
+    max_steps: Annotated[int, Field(ge=1, le=5)] | None = None
+    deadline_s: Annotated[float, Field(gt=0, strict=False)] | None = None
+    budget_usd: Annotated[float, Field(gt=0, strict=False)] | None = None
+    max_calls: Count | None = None
 
 
 class ChatBody(Open):
@@ -141,7 +149,10 @@ class ChatBody(Open):
     fugu: FuguBody | None = None
 
 
-def parse_chat(raw: bytes) -> ChatBody:
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def parse_body(raw: bytes, kind: type[Body]) -> Body:
     """Read and check a request body.
 
     Raises:
@@ -153,13 +164,26 @@ def parse_chat(raw: bytes) -> ChatBody:
         data = _loads_leniently(raw, error)
     if not isinstance(data, dict):
         raise RequestError("the body must be a JSON object")
+    return check(data, kind)
+
+
+def parse_chat(raw: bytes) -> ChatBody:
+    """See `parse_body`."""
+    return parse_body(raw, ChatBody)
+
+
+def check(data: Any, kind: type[Body], where: str = "") -> Body:
+    """`data` as a model; `where` is its place in the body.
+
+    Raises:
+        RequestError: a field is missing or wrong; `param` names it.
+    """
     try:
-        body = ChatBody.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
-        raise _explain(error, data) from None
+        raise _explain(error, data, where) from None
     except RecursionError:
         raise RequestError("the body is nested too deeply") from None
-    return body
 
 
 def _loads_leniently(raw: bytes, error: orjson.JSONDecodeError) -> Any:
@@ -187,13 +211,14 @@ def _numbers(data: Any, path: str = "") -> Iterator[tuple[str, float]]:
             pending.extend((f"{path}[{index}]", value) for index, value in enumerate(data))
 
 
-def _explain(error: ValidationError, data: Mapping[str, Any]) -> RequestError:
+def _explain(error: ValidationError, data: Any, where: str) -> RequestError:
     """The fault that lies deepest (of a union, the branch the caller most likely meant), without its value."""
     faults = error.errors(include_input=False, include_url=False, include_context=False)
     fault = max(faults, key=lambda fault: len(_field(fault["loc"], data, fault["type"])))
     path = "".join(
         f"[{part}]" if isinstance(part, int) else f".{part}" for part in _field(fault["loc"], data, fault["type"])
-    ).lstrip(".")
+    )
+    path = (where + path).lstrip(".")
     what = {"missing": "is required", "extra_forbidden": "is not a known field"}.get(fault["type"], fault["msg"])
     return RequestError(f"{path}: {what}" if path else what, param=path or None)
 

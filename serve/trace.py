@@ -14,8 +14,9 @@ from serve.translate import usage_body
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the decision came to. `source` is head (the trained router), order (that of the file) or single (one
-    worker was allowed); `worker` is None where the order of the file decides; `seconds` as the gateway saw it."""
+    """What the decision came to. `source` is head (the trained router), order (that of the file), single (one worker
+    was allowed), tool_loop (who asked for the tool) or stay (no other was better by the margin); `worker` is None where
+    the order of the file decides; `seconds` as the gateway saw it."""
 
     worker: str | None
     probabilities: Mapping[str, float]
@@ -35,6 +36,7 @@ class Trace:
     record: Record = field(default_factory=Record)
     dropped: tuple[str, ...] = ()
     turns: list[dict[str, Any]] | None = None
+    workflow: dict[str, Any] | None = None
 
     def body(self, reply: ChatReply | None, now: float, error: FuguError | None = None) -> dict[str, Any]:
         """The trace as JSON values; `reply` is None where no answer was completed."""
@@ -65,6 +67,8 @@ class Trace:
             }
         if self.turns is not None:
             body["turns"] = self.turns
+        if self.workflow is not None:
+            body |= self.workflow
         if error is not None:
             body["error"] = error.envelope()["error"]
         return body

@@ -10,6 +10,7 @@ from actors.errors import FuguError
 from actors.messages import ChatRequest, Chunk
 from serve import sse
 from serve.api.job import Done
+from serve.auth import Caller
 from serve.schema import ChatBody, FuguBody, parse_chat
 from serve.translate import ChunkWriter, error_event, reply_body, to_request, tokens_body
 
@@ -22,7 +23,7 @@ class ChatDialect:
     def credential(self, headers: Mapping[bytes, bytes]) -> bytes | None:
         return headers.get(b"authorization")
 
-    async def read(self, raw: bytes, headers: Mapping[bytes, bytes], id: str) -> ChatExchange:
+    async def read(self, raw: bytes, id: str, caller: Caller) -> ChatExchange:
         return ChatExchange(parse_chat(raw), f"chatcmpl-{id}")
 
     def error(self, error: FuguError, trace: Mapping[str, Any] | None, id: str) -> None:
@@ -50,6 +51,9 @@ class ChatExchange:
         return reply_body(
             done.reply, id=self._id, created=self._created, model=self.model, usage=usage, trace=done.told
         )
+
+    async def keep(self, done: Done) -> None:
+        """Nothing: the caller keeps the conversation."""
 
     def chunk(self, chunk: Chunk) -> bytes:
         return self._writer.chunk(chunk)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -19,11 +19,13 @@ from actors.config import ServeConfig
 from actors.errors import DeadlineError, FuguError, RequestError
 from actors.messages import ChatRequest, Chunk
 from serve import sse
-from serve.api.http import headers_of, read_body, request_id, send_error, send_json
+from serve.api.background import Background
+from serve.api.http import headers_of, read_body, request_id, send_error, send_json, where_of
 from serve.api.job import Deciding, Done, Engine, Event, Job
 from serve.api.models import check_served
+from serve.api.responses import ResponsesExchange
 from serve.api.wishes import WishReader
-from serve.auth import Keys
+from serve.auth import Caller, Keys
 from serve.schema import FuguBody
 from serve.trace import Trace
 
@@ -53,6 +55,9 @@ class Exchange(Protocol):
     def whole(self, done: Done) -> bytes:
         """The body of a plain answer."""
 
+    async def keep(self, done: Done) -> None:
+        """Keep what the caller may ask for later; before the answer's end is told, so that it can."""
+
     def chunk(self, chunk: Chunk) -> bytes:
         """The events for a piece of the answer; empty if it has nothing to say."""
 
@@ -74,7 +79,7 @@ class Dialect(Protocol):
     def credential(self, headers: Mapping[bytes, bytes]) -> bytes | None:
         """The `Authorization` header, or what stands for it."""
 
-    async def read(self, raw: bytes, headers: Mapping[bytes, bytes], id: str) -> Exchange:
+    async def read(self, raw: bytes, id: str, caller: Caller) -> Exchange:
         """Raises:
         RequestError: the body is not of this dialect; `param` names the field.
         """
@@ -94,6 +99,7 @@ class Endpoint:
         engines: Mapping[str, Engine],
         keys: Keys,
         wishes: WishReader,
+        background: Background,
         *,
         no_roles: str | None,
     ) -> None:
@@ -103,6 +109,7 @@ class Endpoint:
         self._config: ServeConfig = deciding.config.serve
         self._keys = keys
         self._wishes = wishes
+        self._background = background
         self._no_roles = no_roles
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,15 +118,18 @@ class Endpoint:
         answer = _Answer(send, self._dialect, trace.request_id)
         traced = False
         try:
-            self._keys.check(self._dialect.credential(headers))
+            caller = self._keys.check(self._dialect.credential(headers))
             _check_content_type(headers)
             raw = await read_body(headers, receive, self._config.max_body_bytes)
-            exchange = await self._dialect.read(raw, headers, trace.request_id)
+            exchange = await self._dialect.read(raw, trace.request_id, caller)
             check_served(exchange.model, self._no_roles)
             wishes = self._wishes.read(exchange.fugu or FuguBody(), headers)
             traced = wishes.trace
             request, trace.dropped = exchange.request()
             job = Job(exchange.model, request, wishes, trace, exchange.stream)
+            if isinstance(exchange, ResponsesExchange) and exchange.background:
+                await answer.whole(await self._background.start(job, exchange, self._engines[job.model]))
+                return
             limit = self._config.request_timeout
             try:
                 async with asyncio.timeout(limit):
@@ -132,10 +142,14 @@ class Endpoint:
             raise
         except Exception as error:
             # A fault of ours: the caller learns that it happened, the log learns where, neither sees the request.
-            log.error("request %s failed: %s", trace.request_id, _where(error))
+            log.error("request %s failed: %s", trace.request_id, where_of(error))
             await answer.fail(FuguError("internal error; the server's log has more"), trace if traced else None)
         finally:
             self._deciding.resting.learn(trace.record)
+
+    async def refuse(self, scope: Scope, send: Send, error: FuguError) -> None:
+        """Answer with an error and do nothing."""
+        await _Answer(send, self._dialect, request_id(headers_of(scope))).fail(error, None)
 
     async def _answer(self, job: Job, exchange: Exchange, answer: _Answer) -> None:
         events = self._engines[job.model].run(job)
@@ -143,6 +157,7 @@ class Endpoint:
             async with aclosing(events):
                 async for event in events:
                     if isinstance(event, Done):
+                        await exchange.keep(event)
                         await answer.whole(exchange.whole(event))
             return
         answer.exchange = exchange
@@ -156,7 +171,34 @@ class Endpoint:
 async def _written(events: AsyncGenerator[Event, None], exchange: Exchange) -> AsyncGenerator[bytes, None]:
     async with aclosing(events):
         async for event in events:
-            yield exchange.end(event) if isinstance(event, Done) else exchange.chunk(event)
+            if isinstance(event, Done):
+                await exchange.keep(event)
+                yield exchange.end(event)
+            else:
+                yield exchange.chunk(event)
+
+
+class CountEndpoint:
+    """Answers how many tokens a body of a dialect has. `count` makes the answer of it."""
+
+    def __init__(self, dialect: Dialect, keys: Keys, config: ServeConfig, count: Callable[[bytes], bytes]) -> None:
+        self._dialect = dialect
+        self._keys = keys
+        self._config = config
+        self._count = count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = headers_of(scope)
+        answer = _Answer(send, self._dialect, request_id(headers))
+        try:
+            self._keys.check(self._dialect.credential(headers))
+            _check_content_type(headers)
+            await answer.whole(self._count(await read_body(headers, receive, self._config.max_body_bytes)))
+        except FuguError as error:
+            await answer.fail(error, None)
+
+    async def refuse(self, scope: Scope, send: Send, error: FuguError) -> None:
+        await _Answer(send, self._dialect, request_id(headers_of(scope))).fail(error, None)
 
 
 class _Answer:
@@ -195,12 +237,3 @@ def _check_content_type(headers: Mapping[bytes, bytes]) -> None:
     kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     if kind != b"application/json":
         raise RequestError("content-type: must be application/json", param="content-type")
-
-
-def _where(error: BaseException) -> str:
-    """Kind and place of an error without its message, which could quote the request."""
-    step = error.__traceback__
-    while step is not None and step.tb_next is not None:
-        step = step.tb_next
-    place = f" at {step.tb_frame.f_code.co_filename}:{step.tb_lineno}" if step is not None else ""
-    return f"{type(error).__name__}{place}"

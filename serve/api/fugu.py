@@ -1,4 +1,4 @@
-"""`fugu`: one decision, one worker answers."""
+"""`fugu`: one decision, one worker answers; inside a tool loop the one that asked, without a decision."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 
-from actors.messages import ChatReply
+from actors.messages import ChatReply, Worker
 from orchestrator import dispatch
+from orchestrator.dispatch import rank
 from serve.api.job import Deciding, Done, Event, Job
+from serve.sticky import LastAnswers, Marks, marked_chunk, marked_reply, stay
 
 
 class FuguEngine:
@@ -17,26 +19,48 @@ class FuguEngine:
 
     def __init__(self, deciding: Deciding) -> None:
         self._deciding = deciding
+        self._marks = Marks(deciding.workers)
+        self._margin = deciding.router.stay_margin
+        self._answers = LastAnswers(deciding.router.stay_seconds, time.monotonic)
 
     async def run(self, job: Job) -> AsyncGenerator[Event, None]:
-        trace = job.trace
-        trace.choice, order = await self._deciding.choose(job.request.messages, job.wishes, seed=job.wishes.seed)
-        workers = [self._deciding.workers[name] for name in order]
+        trace, record = job.trace, job.trace.record
+        request, asker = self._marks.restore(job.request)
+        job = replace(job, request=request)
+        workers = await self._decide(job, asker)
         if not job.stream:
-            reply = await dispatch.complete(workers, job.request, record=trace.record, clock=time.perf_counter)
-            yield _done(job, reply)
+            reply = await dispatch.complete(workers, request, record=record, clock=time.perf_counter)
+            yield self._done(job, reply)
             return
-        chunks = dispatch.stream(workers, job.request, record=trace.record, clock=time.perf_counter)
+        chunks = dispatch.stream(workers, request, record=trace.record, clock=time.perf_counter)
         async with aclosing(chunks):
             async for chunk in chunks:
                 if chunk.final is None:
-                    yield chunk
+                    yield marked_chunk(chunk, record.worker or "")
                     continue
-                if chunk.text or chunk.reasoning or chunk.tool_calls:
-                    yield replace(chunk, final=None)
-                yield _done(job, chunk.final)
+                if chunk.text or chunk.reasoning or chunk.tool_calls or chunk.thoughts:
+                    yield marked_chunk(replace(chunk, final=None), record.worker or "")
+                yield self._done(job, chunk.final)
 
+    async def _decide(self, job: Job, asker: str | None) -> list[Worker]:
+        deciding, wishes = self._deciding, job.wishes
+        if asker is not None and asker in wishes.allowed:
+            job.trace.choice = deciding.staying(asker)
+            order = rank(asker, {}, wishes.allowed, deciding.router.fallbacks)
+        else:
+            choice, order = await deciding.choose(job.request, wishes, seed=wishes.seed)
+            if self._margin:
+                before = self._answers.worker(job.request.messages)
+                first = stay(choice.worker, before, choice.probabilities, self._margin)
+                if first != choice.worker:
+                    choice = replace(choice, worker=first, source="stay")
+                    order = rank(first, choice.probabilities, wishes.allowed, deciding.router.fallbacks)
+            job.trace.choice = choice
+        return [deciding.workers[name] for name in order]
 
-def _done(job: Job, reply: ChatReply) -> Done:
-    told = job.trace.body(reply, time.perf_counter()) if job.wishes.trace else None
-    return Done(reply, reply.usage, reply.usage, reply.cost_usd, told)
+    def _done(self, job: Job, reply: ChatReply) -> Done:
+        worker = job.trace.record.worker or reply.worker
+        if self._margin:
+            self._answers.remember(job.request.messages, reply.text, worker)
+        told = job.trace.body(reply, time.perf_counter()) if job.wishes.trace else None
+        return Done(marked_reply(reply, worker), reply.usage, reply.usage, reply.cost_usd, told)

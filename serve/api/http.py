@@ -85,3 +85,12 @@ async def send_error(
         # Part of the body may still be on its way: nothing more can be read from this connection.
         extra.append((b"connection", b"close"))
     await send_json(send, error.http_status, body, tuple(extra))
+
+
+def where_of(error: BaseException) -> str:
+    """Kind and place of an error without its message, which could quote the request."""
+    step = error.__traceback__
+    while step is not None and step.tb_next is not None:
+        step = step.tb_next
+    place = f" at {step.tb_frame.f_code.co_filename}:{step.tb_lineno}" if step is not None else ""
+    return f"{type(error).__name__}{place}"

@@ -14,10 +14,15 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from actors.config import FuguConfig, RouterConfig
-from actors.messages import ChatReply, ChatRequest, Chunk, Message, Usage, Worker
+from actors.errors import ContextLengthError
+from actors.messages import ChatReply, ChatRequest, Chunk, Usage, Worker
 from orchestrator.dispatch import Resting, rank
+from serve.conductor import Knobs
 from serve.router import Choose, Decider, Question
 from serve.trace import Choice, Trace
+
+# English has 4 to 5; long runs of one sign have more.
+_MOST_CHARACTERS_PER_TOKEN = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +33,8 @@ class Wishes:
     seed: int | None
     choose: Choose
     trace: bool
-    show_turns: bool
+    show_turns: bool | None
+    knobs: Knobs = Knobs()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +83,42 @@ class Deciding:
         self.workers: Mapping[str, Worker] = {worker.name: worker for worker in workers}
         self.resting = Resting(time.monotonic)
         self._decider = decider
+        self._contexts = {spec.name: spec.context for spec in config.active if spec.context is not None}
 
     @property
     def router(self) -> RouterConfig:
         return self.config.router
 
     async def choose(
-        self, messages: tuple[Message, ...], wishes: Wishes, *, seed: int | None, roles: bool = False
+        self, request: ChatRequest, wishes: Wishes, *, seed: int | None, roles: bool = False
     ) -> tuple[Choice, tuple[str, ...]]:
-        """The router's choice, and the names of the workers to try in order."""
-        awake = self.resting.awake(wishes.allowed)
-        choice = await self._decider.choose(Question(messages, frozenset(awake), seed, wishes.choose, roles))
+        """The router's choice, and the names of the workers to try in order.
+
+        Raises:
+            ContextLengthError: the conversation is longer than the context of every worker that is allowed.
+        """
+        allowed = self._long_enough(request, wishes.allowed)
+        awake = self.resting.awake(allowed)
+        choice = await self._decider.choose(Question(request.messages, frozenset(awake), seed, wishes.choose, roles))
         # Those that rest come last: they may have woken by the time everyone else has failed.
-        return choice, rank(choice.worker, choice.probabilities, wishes.allowed, self.router.fallbacks)
+        return choice, rank(choice.worker, choice.probabilities, allowed, self.router.fallbacks)
+
+    def staying(self, worker: str) -> Choice:
+        """The choice inside a tool loop: who asked for the tool."""
+        return Choice(worker, {worker: 1.0}, "tool_loop")
+
+    def _long_enough(self, request: ChatRequest, allowed: tuple[str, ...]) -> tuple[str, ...]:
+        """The workers whose context holds the conversation. Judged by a lower bound of its length, so that nobody who
+        could answer is left out; a worker that still finds it too long says so, and the next is asked."""
+        if not self._contexts:
+            return allowed
+        least = sum(len(message.text) for message in request.messages) // _MOST_CHARACTERS_PER_TOKEN
+        left = tuple(name for name in allowed if least < self._contexts.get(name, least + 1))
+        if not left:
+            longest = max(self._contexts[name] for name in allowed)
+            raise ContextLengthError(
+                f"messages: at least {least} tokens, which is more than the context of every worker allowed "
+                f"(the longest holds {longest})",
+                param="messages",
+            )
+        return left

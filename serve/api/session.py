@@ -14,9 +14,10 @@ from actors.config import RouterConfig
 from actors.errors import FuguError
 from actors.messages import ChatReply, ChatRequest, Chunk, Message, ToolCallDelta, Usage, Worker
 from orchestrator.coordinator import Session, Turn, play
-from orchestrator.dispatch import Attempt, Record
+from orchestrator.dispatch import Attempt, Record, rank
 from orchestrator.roles import answer_text
 from serve.api.job import Deciding, Done, Event, Job
+from serve.sticky import Marks, marked_chunk, marked_reply
 from serve.trace import Choice, Trace
 from serve.translate import tokens_body, usage_body
 
@@ -31,27 +32,36 @@ class TrinityEngine:
 
     def __init__(self, deciding: Deciding) -> None:
         self._deciding = deciding
+        self._marks = Marks(deciding.workers)
 
     async def run(self, job: Job) -> AsyncGenerator[Event, None]:
-        async def ask(transcript: tuple[Message, ...], seed: int | None) -> tuple[Choice, tuple[str, ...]]:
-            return await self._deciding.choose(transcript, job.wishes, seed=seed, roles=True)
-
         deciding, wishes = self._deciding, job.wishes
-        playing = Playing(job.request, ask, deciding.workers, deciding.router, wishes.seed, job.trace)
+        request, asker = self._marks.restore(job.request)
+
+        async def ask(transcript: tuple[Message, ...], seed: int | None) -> tuple[Choice, tuple[str, ...]]:
+            if asker in wishes.allowed and not playing.choices:
+                # The result of a tool goes to who asked for it; from the next turn on the router decides again.
+                choice = replace(deciding.staying(asker), role="worker")
+                return choice, rank(asker, {}, wishes.allowed, deciding.router.fallbacks)
+            return await deciding.choose(request.with_(messages=transcript), wishes, seed=seed, roles=True)
+
+        playing = Playing(request, ask, deciding.workers, deciding.router, wishes.seed, job.trace)
         if not job.stream:
             reply = await playing.run()
             if wishes.show_turns:
                 reply = replace(reply, reasoning=playing.turns_text() + reply.reasoning)
             yield self._done(playing, reply, job)
             return
-        async with aclosing(playing.stream(show_turns=wishes.show_turns)) as chunks:
+        async with aclosing(playing.stream(show_turns=bool(wishes.show_turns))) as chunks:
             async for chunk in chunks:
-                yield replace(chunk, final=None)
+                worker = chunk.final.worker if chunk.final is not None else ""
+                yield marked_chunk(replace(chunk, final=None), worker)
                 if chunk.final is not None:
                     yield self._done(playing, chunk.final, job)
 
     def _done(self, playing: Playing, reply: ChatReply, job: Job) -> Done:
         told = playing.told(reply) if job.wishes.trace else None
+        reply = marked_reply(reply, reply.worker)
         return Done(reply, playing.visible(), playing.session.usage, playing.session.cost_usd, told)
 
 
@@ -120,7 +130,7 @@ class Playing:
         calls = (
             ToolCallDelta(index, call.id, call.name, call.arguments) for index, call in enumerate(reply.tool_calls)
         )
-        yield Chunk(reply.text, reply.reasoning, tuple(calls), reply)
+        yield Chunk(reply.text, reply.reasoning, tuple(calls), reply, reply.thoughts)
 
     def visible(self) -> Usage:
         """What the first call read and what the answering call wrote; the rest is orchestration (Fugu's usage

@@ -19,6 +19,7 @@ from actors.errors import (
     WorkerRejectedError,
     WorkerUnavailableError,
 )
+from actors.marks import mark
 from actors.messages import ChatReply, ChatRequest, Chunk, Timing, ToolCall, ToolCallDelta, Usage
 from serve.api.health import Readiness
 from serve.gateway import Gateway
@@ -186,7 +187,7 @@ async def test_tool_calls_both_ways() -> None:
     tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
     worker = Scripted("a", calls=(call,))
     message = (await post(gateway(worker), tools=tools)).json()["choices"][0]["message"]
-    expected = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"a":1}'}}
+    expected = {"id": mark("c1", "a"), "type": "function", "function": {"name": "look", "arguments": '{"a":1}'}}
     assert (message["content"], message["tool_calls"]) == (None, [expected])
     assert worker.requests[0].tools[0].name == "look"
     streamed = events(await post(gateway(Scripted("a", calls=(call,))), tools=tools, stream=True))

@@ -12,6 +12,7 @@ import torch
 
 from actors.config import FuguConfig, RouterConfig
 from actors.errors import CircuitOpenError, FuguError, WorkerUnavailableError
+from actors.marks import mark
 from actors.messages import ChatReply, ChatRequest, Chunk, Timing, ToolCall, Usage
 from orchestrator.head import Checkpoint, CheckpointInfo, save_checkpoint
 from serve.api.health import Readiness
@@ -196,7 +197,7 @@ async def test_a_tool_call_ends_the_session(stream: bool) -> None:
     else:
         choice = response.json()["choices"][0]
         calls, reason = choice["message"]["tool_calls"], choice["finish_reason"]
-    expected = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"a":1}'}}
+    expected = {"id": mark("c1", "a"), "type": "function", "function": {"name": "look", "arguments": '{"a":1}'}}
     assert (calls, reason) == ([expected], "tool_calls")
 
 

@@ -1,0 +1,66 @@
+"""Responses that are made while nobody waits for them (`background: true`), and found by their id."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import aclosing, suppress
+
+from actors.errors import DeadlineError, FuguError
+from serve.api.conversations import Conversations
+from serve.api.http import where_of
+from serve.api.job import Done, Engine, Job
+from serve.api.responses import ResponsesExchange
+
+log = logging.getLogger("fugu.gateway")
+
+# How soon a cancelled response ends; how long one whose gateway died looks as if it were still being made.
+_LOOK_SECONDS = 0.5
+
+
+class Background:
+    """The responses that this gateway is making. `limit` seconds is the longest that one may take."""
+
+    def __init__(self, conversations: Conversations, limit: float) -> None:
+        self._conversations = conversations
+        self._limit = limit
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self, job: Job, exchange: ResponsesExchange, engine: Engine) -> bytes:
+        """Begin; the body to answer with."""
+        await self._conversations.beat(exchange.id, exchange.caller)
+        body = await exchange.keep_as("in_progress")
+        task = asyncio.create_task(self._make(job, exchange, engine))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return body
+
+    async def _make(self, job: Job, exchange: ResponsesExchange, engine: Engine) -> None:
+        making = asyncio.create_task(self._answer(job, exchange, engine))
+        try:
+            while not making.done():
+                await asyncio.wait((making,), timeout=_LOOK_SECONDS)
+                if not making.done() and await exchange.was_cancelled():
+                    return
+                await self._conversations.beat(exchange.id, exchange.caller)
+        finally:
+            making.cancel()
+            with suppress(asyncio.CancelledError):
+                await making
+
+    async def _answer(self, job: Job, exchange: ResponsesExchange, engine: Engine) -> None:
+        try:
+            try:
+                async with asyncio.timeout(self._limit), aclosing(engine.run(job)) as events:
+                    async for event in events:
+                        if isinstance(event, Done) and not await exchange.was_cancelled():
+                            await exchange.keep(event)
+            except TimeoutError:
+                raise DeadlineError(f"no complete answer within {self._limit:g} s") from None
+        except FuguError as error:
+            await exchange.keep_as("failed", error)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            log.error("response %s failed: %s", exchange.id, where_of(error))
+            await exchange.keep_as("failed", FuguError("internal error; the server's log has more"))

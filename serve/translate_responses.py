@@ -1,0 +1,294 @@
+"""OpenAI Responses bodies → our messages. What no worker of another provider could be told is an error that says so.
+
+Source: OpenAI's API reference, "Responses"; the types of its Python SDK. Freeform (`custom`) tools become functions
+with one text argument, `input`, so that every worker can call them; namespaces become a prefix of the name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from actors.errors import RequestError
+from actors.messages import (
+    ChatRequest,
+    ImagePart,
+    Message,
+    Part,
+    ResponseFormat,
+    TextPart,
+    Thought,
+    ToolCall,
+    ToolChoice,
+    ToolSpec,
+)
+from serve.schema import check
+from serve.schema_responses import (
+    CustomCallItem,
+    CustomToolBody,
+    FormatBody,
+    FunctionCallItem,
+    FunctionToolBody,
+    ImageContent,
+    MessageItem,
+    NamedChoice,
+    NamespaceToolBody,
+    OutputItem,
+    ReasoningItem,
+    RefusalContent,
+    ResponsesBody,
+    TextContent,
+)
+from serve.sealed import unseal
+
+INPUT = "input"
+
+_PASSED_ON = ("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "safety_identifier", "service_tier")
+# Ways of asking for state or text that is kept elsewhere, or for what only OpenAI's own servers do.
+_REFUSED = ("conversation", "prompt", "context_management", "moderation", "image", "background_options")
+_DROPPED = ("top_logprobs", "max_tool_calls")
+
+
+@dataclass(slots=True)
+class Tools:
+    """The tools of a request. `freeform` are the names of custom ones; `spaces` maps a name that workers see to its
+    namespace and its name there."""
+
+    specs: list[ToolSpec] = field(default_factory=list)
+    freeform: set[str] = field(default_factory=set)
+    spaces: dict[str, tuple[str, str]] = field(default_factory=dict)
+
+    def worker_name(self, name: str, namespace: str | None) -> str:
+        return name if namespace is None else f"{namespace}__{name}"
+
+
+def to_request(
+    body: ResponsesBody, earlier: Sequence[Mapping[str, Any]], tools: Tools
+) -> tuple[ChatRequest, tuple[str, ...]]:
+    """The request for a worker, and the fields that were dropped. `earlier` are the items of the responses that this
+    one goes on from.
+
+    Raises:
+        RequestError: something that cannot be said to every worker; `param` names it.
+    """
+    extra = dict(body.model_extra or {})
+    for name in _REFUSED:
+        if extra.get(name) not in (None, [], {}):
+            raise RequestError(
+                f"{name}: this server does not keep or do that; send the conversation itself", param=name
+            )
+    messages: list[Message] = [Message("system", body.instructions)] if body.instructions else []
+    if isinstance(body.input, str):
+        messages += to_messages(earlier, tools, "previous_response_id", skip=len(earlier))
+        if body.input:
+            messages.append(Message("user", body.input))
+    else:
+        messages += to_messages([*earlier, *body.input], tools, "input", skip=len(earlier))
+    if not messages:
+        raise RequestError("input: is required", param="input")
+    specs, choice = _choice(body.tool_choice, tools)
+    text, reasoning = body.text, body.reasoning
+    passed = {name: extra[name] for name in _PASSED_ON if extra.get(name) is not None}
+    if text is not None and text.verbosity is not None:
+        passed["verbosity"] = text.verbosity
+    if body.user is not None:
+        passed["user"] = body.user
+    dropped = [name for name in _DROPPED if extra.get(name) not in (None, 0)]
+    if body.truncation == "auto":
+        dropped.append("truncation")
+    request = ChatRequest(
+        messages=tuple(messages),
+        tools=specs,
+        tool_choice=choice,
+        parallel_tool_calls=body.parallel_tool_calls if specs else None,
+        max_tokens=body.max_output_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        response_format=_format(text.format if text is not None else None),
+        reasoning_effort=reasoning.effort if reasoning is not None else None,
+        extra=passed,
+    )
+    return request, tuple(dropped)
+
+
+def read_tools(tools: Sequence[dict[str, Any]] | None) -> Tools:
+    """Raises:
+    RequestError: a tool that only OpenAI's own servers have.
+    """
+    found = Tools()
+    for index, tool in enumerate(tools or ()):
+        where = f"tools[{index}]"
+        if tool.get("type") == "namespace":
+            space = check(tool, NamespaceToolBody, where)
+            for at, inner in enumerate(space.tools):
+                _add_tool(found, inner, f"{where}.tools[{at}]", space.name)
+        else:
+            _add_tool(found, tool, where, None)
+    return found
+
+
+def _add_tool(tools: Tools, tool: dict[str, Any], where: str, namespace: str | None) -> None:
+    kind = tool.get("type")
+    if kind == "function":
+        function = check(tool, FunctionToolBody, where)
+        name = tools.worker_name(function.name, namespace)
+        spec = ToolSpec(name, function.description or "", function.parameters or {}, function.strict)
+        given = function.name
+    elif kind == "custom":
+        custom = check(tool, CustomToolBody, where)
+        name = tools.worker_name(custom.name, namespace)
+        tools.freeform.add(name)
+        spec = ToolSpec(name, _freeform_description(custom), _FREEFORM)
+        given = custom.name
+    else:
+        raise RequestError(
+            f"{where}: {str(kind)[:64]!r} is a tool that OpenAI's servers run; no worker here has it. Leave it out, or "
+            "define it as a function",
+            param=where,
+        )
+    if namespace is not None:
+        tools.spaces[name] = (namespace, given)
+    tools.specs.append(spec)
+
+
+_FREEFORM: Mapping[str, Any] = {
+    "type": "object",
+    "properties": {INPUT: {"type": "string", "description": "The tool's whole input, as it is."}},
+    "required": [INPUT],
+    "additionalProperties": False,
+}
+
+
+def _freeform_description(tool: CustomToolBody) -> str:
+    grammar = tool.format
+    if grammar is None or grammar.type != "grammar" or not grammar.definition:
+        return tool.description or ""
+    told = f"The input must follow this {grammar.syntax or 'lark'} grammar:\n{grammar.definition}"
+    return f"{tool.description}\n\n{told}" if tool.description else told
+
+
+def _choice(choice: str | NamedChoice | None, tools: Tools) -> tuple[tuple[ToolSpec, ...], ToolChoice | None]:
+    specs = tuple(tools.specs)
+    if choice is None or (choice == "auto" and not specs):
+        return specs, None
+    if isinstance(choice, str):
+        if choice != "none" and not specs:
+            raise RequestError("tool_choice: there are no tools to choose from", param="tool_choice")
+        return specs, ToolChoice(choice)  # type: ignore[arg-type]
+    if choice.type == "allowed_tools":
+        allowed = {str(tool.get("name")) for tool in choice.tools or ()}
+        specs = tuple(spec for spec in specs if spec.name in allowed)
+        if not specs:
+            raise RequestError("tool_choice.tools: none of them is among the tools", param="tool_choice.tools")
+        return specs, ToolChoice(choice.mode or "auto")
+    if choice.type not in ("function", "custom"):
+        raise RequestError(f"tool_choice.type: no worker here has {choice.type[:64]!r}", param="tool_choice.type")
+    if all(spec.name != choice.name for spec in specs):
+        raise RequestError(f"tool_choice.name: no tool is called {choice.name}", param="tool_choice.name")
+    return specs, ToolChoice("named", choice.name)
+
+
+def _format(format: FormatBody | None) -> ResponseFormat | None:
+    if format is None or format.type == "text":
+        return None
+    if format.type == "json_object":
+        return ResponseFormat("json_object")
+    if format.schema_ is None:
+        raise RequestError("text.format.schema: is required", param="text.format.schema")
+    return ResponseFormat("json_schema", format.name, format.schema_, format.strict)
+
+
+def to_messages(items: Sequence[Mapping[str, Any]], tools: Tools, where: str, *, skip: int = 0) -> list[Message]:
+    """Items in a row that are one turn of the assistant (reasoning, text, calls) become one message. `skip` items at
+    the front come from the store, so that places in errors are those of the caller's own."""
+    reader = _ItemReader(tools)
+    for index, item in enumerate(items):
+        reader.take(item, f"{where}[{index - skip}]" if index >= skip else "previous_response_id")
+    return reader.finish()
+
+
+class _ItemReader:
+    def __init__(self, tools: Tools) -> None:
+        self._tools = tools
+        self._messages: list[Message] = []
+        self._thoughts: list[Thought] = []
+        self._text: str | tuple[Part, ...] | None = None
+        self._calls: list[ToolCall] = []
+
+    def take(self, item: Mapping[str, Any], where: str) -> None:
+        kind = item.get("type", "message")
+        if kind == "message":
+            self._message(check(item, MessageItem, where), where)
+        elif kind == "reasoning":
+            if self._text is not None or self._calls:
+                self._flush()
+            self._thoughts += unseal(check(item, ReasoningItem, where).encrypted_content)
+        elif kind == "function_call":
+            call = check(item, FunctionCallItem, where)
+            name = self._tools.worker_name(call.name, call.namespace)
+            self._calls.append(ToolCall(call.call_id, name, call.arguments))
+        elif kind == "custom_tool_call":
+            custom = check(item, CustomCallItem, where)
+            name = self._tools.worker_name(custom.name, custom.namespace)
+            self._calls.append(ToolCall(custom.call_id, name, orjson.dumps({INPUT: custom.input}).decode()))
+        elif kind in ("function_call_output", "custom_tool_call_output"):
+            output = check(item, OutputItem, where)
+            self._flush()
+            content = _content(output.output, f"{where}.output")
+            self._messages.append(Message("tool", content, tool_call_id=output.call_id))
+        else:
+            raise RequestError(
+                f"{where}: items of type {str(kind)[:64]!r} cannot be handed to every worker", param=where
+            )
+
+    def finish(self) -> list[Message]:
+        self._flush()
+        return self._messages
+
+    def _message(self, message: MessageItem, where: str) -> None:
+        content = _content(message.content, f"{where}.content")
+        if message.role != "assistant":
+            self._flush()
+            self._messages.append(Message(message.role, content))
+            return
+        if self._text is not None:
+            self._flush()
+        self._text = content
+
+    def _flush(self) -> None:
+        if self._text is not None or self._calls:
+            self._messages.append(
+                Message(
+                    "assistant",
+                    self._text or "",
+                    tool_calls=tuple(self._calls),
+                    thoughts=tuple(self._thoughts),
+                )
+            )
+        self._thoughts, self._text, self._calls = [], None, []
+
+
+def _content(content: str | Sequence[dict[str, Any]], where: str) -> str | tuple[Part, ...]:
+    if isinstance(content, str):
+        return content
+    parts = tuple(_part(part, f"{where}[{index}]") for index, part in enumerate(content))
+    return parts[0].text if len(parts) == 1 and isinstance(parts[0], TextPart) else parts
+
+
+def _part(part: dict[str, Any], where: str) -> Part:
+    kind = part.get("type")
+    if kind in ("input_text", "output_text", "text"):
+        return TextPart(check(part, TextContent, where).text)
+    if kind == "refusal":
+        return TextPart(check(part, RefusalContent, where).refusal)
+    if kind == "input_image":
+        image = check(part, ImageContent, where)
+        if image.image_url is None:
+            raise RequestError(
+                f"{where}: files are not kept here; send image_url with an address or the data", param=where
+            )
+        return ImagePart(image.image_url, "high" if image.detail == "original" else image.detail or "auto")
+    raise RequestError(f"{where}: parts of type {str(kind)[:64]!r} cannot be handed to every worker", param=where)
