@@ -15,11 +15,12 @@ from actors.adapters.base import CallContext
 from actors.adapters.text_worker import Finished, TextAdapter, check_length, render
 from actors.config import WorkerSpec
 from actors.errors import ConfigError, RateLimitedError, WorkerRejectedError, WorkerUnavailableError, scrub
-from actors.messages import ChatRequest, ResponseFormat, Usage
+from actors.messages import ChatRequest, Usage
 
 CPU_CACHE_GIB = "2"
 """Key-value cache on a CPU, as vLLM's environment variable wants it; on a GPU it takes the memory it is given."""
 SAMPLING_EXTRAS = frozenset({"top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"})
+STRUCTURED = "structured_outputs"
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -107,7 +108,7 @@ class VllmEngine:
             "top_p": request.top_p,
             "seed": request.seed,
             "stop": list(request.stop) or None,
-            "structured_outputs": _structure(request.response_format),
+            "structured_outputs": _structure(request),
             **{name: value for name, value in request.extra.items() if name in SAMPLING_EXTRAS},
         }
         settings = {**self._defaults, **{name: value for name, value in chosen.items() if value is not None}}
@@ -154,7 +155,7 @@ class VllmAdapter(TextAdapter):
     """Adapter over a `VllmEngine`. Closing it closes the engine, for all workers that share it."""
 
     def __init__(self, spec: WorkerSpec, engine: VllmEngine) -> None:
-        super().__init__(spec.name, accepts={"response_format", *SAMPLING_EXTRAS})
+        super().__init__(spec.name, accepts={"response_format", STRUCTURED, *SAMPLING_EXTRAS})
         self._adapter = spec.name if spec.adapter else None
         self._engine = engine
 
@@ -165,9 +166,14 @@ class VllmAdapter(TextAdapter):
         return self._engine.generate(request, context, self._adapter)
 
 
-def _structure(wanted: ResponseFormat | None) -> Any:
+def _structure(request: ChatRequest) -> Any:
+    """What the answer must look like: a response format, or vLLM's own `structured_outputs` (regex, grammar, …)."""
     from vllm.sampling_params import StructuredOutputsParams
 
+    own = request.extra.get(STRUCTURED)
+    if own is not None:
+        return StructuredOutputsParams(**own)
+    wanted = request.response_format
     if wanted is None or wanted.kind == "text":
         return None
     if wanted.kind == "json_schema" and wanted.schema is not None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from actors.config import FuguConfig
 from actors.errors import NoWorkerAllowedError, RequestError
 from serve.api.job import Wishes
+from serve.conductor import Knobs
 from serve.schema import FuguBody
 
 
@@ -51,6 +52,14 @@ class WishReader:
             body.choose or self._choose,
             body.trace or _flag(headers, b"x-fugu-trace"),
             body.show_turns,
+            Knobs(
+                body.max_rounds,
+                body.max_recursion,
+                body.max_steps,
+                body.deadline_s,
+                body.budget_usd,
+                body.max_calls,
+            ),
         )
 
     def _check_known(self, names: Sequence[str], param: str) -> None:

@@ -1,0 +1,208 @@
+"""`fugu-ultra`: a workflow that the Conductor writes, behind one answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from actors.errors import FuguError, NoWorkerAllowedError
+from actors.messages import ChatReply, ChatRequest, Chunk, ToolCallDelta
+from orchestrator import memory
+from orchestrator.budget import Account
+from orchestrator.conducted import Conducted, ConductEvent, Stepped
+from orchestrator.conductor import Pool, conduct
+from orchestrator.dispatch import Attempt, rank
+from orchestrator.memory import Resumed
+from orchestrator.run import Run, StepChunk
+from serve.api import ultra_view
+from serve.api.job import Deciding, Done, Event, Job
+from serve.conductor import Conducting
+from serve.sticky import Marks
+from serve.store import Kept, Store
+from serve.translate import tokens_body
+
+ULTRA = "fugu-ultra"
+WORKFLOW = "workflow"
+"""The kind of value that a paused workflow is kept as."""
+
+
+class UltraEngine:
+    """See `serve.api.job.Engine`. Workflows that wait for the caller's tools are kept in `store`."""
+
+    def __init__(self, deciding: Deciding, conducting: Conducting, store: Store) -> None:
+        self._deciding = deciding
+        self._conducting = conducting
+        self._store = store
+        self._marks = Marks(deciding.workers)
+
+    async def run(self, job: Job) -> AsyncGenerator[Event, None]:
+        request, _ = self._marks.restore(job.request)
+        answering = _Answering(
+            job,
+            request,
+            self._conducting,
+            await self._pool(job),
+            await self._ranking(job, request),
+            await self._resumed(request),
+        )
+        show = job.wishes.show_turns is not False
+        told: list[str] = []
+        streamed: list[str] = []
+        async for event in answering.events():
+            piece = _piece(event)
+            if piece is not None:
+                streamed.append(piece.text)
+                if job.stream:
+                    yield piece
+            elif show and (line := ultra_view.shown(event)):
+                told.append(line)
+                if job.stream:
+                    yield Chunk(reasoning=line)
+        reply = await self._kept(answering)
+        if job.stream:
+            yield _rest(reply, "".join(streamed))
+        elif told:
+            reply = replace(reply, reasoning="".join(told) + reply.reasoning)
+        yield answering.done(reply)
+
+    async def _pool(self, job: Job) -> Pool:
+        names = self._conducting.names
+        workers = {name: self._deciding.workers[name] for name in names if name in job.wishes.allowed}
+        if not workers:
+            raise NoWorkerAllowedError(
+                f"fugu: the constraints leave no worker that the conductor knows; those are {', '.join(names)}",
+                param="fugu",
+            )
+        return Pool(names, workers, self._conducting.about)
+
+    async def _ranking(self, job: Job, request: ChatRequest) -> tuple[str, ...]:
+        """The workers as the router ranks them, all that are allowed; noted in the trace."""
+        choice, _ = await self._deciding.choose(request, job.wishes, seed=job.wishes.seed)
+        job.trace.choice = choice
+        return rank(choice.worker, choice.probabilities, job.wishes.allowed, len(job.wishes.allowed))
+
+    async def _resumed(self, request: ChatRequest) -> Resumed | None:
+        """The workflow whose tools the conversation ends with the results of.
+
+        Raises:
+            WorkflowGoneError: it is not known, or no longer.
+            RequestError: one of its calls has no result.
+        """
+        id = memory.awaited(request.messages)
+        if id is None:
+            return None
+        text = await self._store.get(WORKFLOW, id, "")
+        if text is None:
+            raise memory.gone(id)
+        return memory.resume(memory.from_text(id, text.decode()), request.messages)
+
+    async def _kept(self, answering: _Answering) -> ChatReply:
+        """The answer; where it asks the caller for tools, the workflow is kept before anybody hears of them."""
+        conducted = answering.conducted
+        assert conducted.answer is not None
+        if conducted.paused is not None:
+            kept = Kept(WORKFLOW, conducted.paused.id, memory.to_text(conducted.paused).encode())
+            await self._store.put((kept,), "", seconds=self._conducting.config.memory_ttl)
+        return conducted.answer
+
+
+@dataclass(slots=True)
+class _Answering:
+    """One request from its ranking to its answer."""
+
+    job: Job
+    request: ChatRequest
+    conducting: Conducting
+    pool: Pool
+    ranking: tuple[str, ...]
+    resumed: Resumed | None
+    conducted: Conducted = field(default_factory=Conducted)
+
+    async def events(self) -> AsyncGenerator[ConductEvent, None]:
+        """What happens, as it does. Closing it ends the calls in flight.
+
+        Raises:
+            FuguError: there is no answer.
+        """
+        queue: asyncio.Queue[ConductEvent | None] = asyncio.Queue()
+        task = asyncio.create_task(self._conduct(queue.put_nowait))
+        task.add_done_callback(lambda _: queue.put_nowait(None))
+        try:
+            while (event := await queue.get()) is not None:
+                yield event
+            task.result()
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError, FuguError):
+                await task
+            self._note()
+
+    async def _conduct(self, on_event: Callable[[ConductEvent], None]) -> None:
+        knobs = self.job.wishes.knobs
+        seed = self.request.seed if self.request.seed is not None else self.job.wishes.seed
+        await conduct(
+            self.request.with_(seed=seed),
+            self.conducting.writer,
+            self.pool,
+            self.ranking,
+            self.conducting.settings(knobs),
+            budget=Account(self.conducting.budget(knobs), price=self.conducting.price),
+            on_event=on_event,
+            stream_last=self.job.stream,
+            may_pause=True,
+            resumed=self.resumed,
+            conducted=self.conducted,
+        )
+
+    def done(self, reply: ChatReply) -> Done:
+        conducted = self.conducted
+        told = self._told(reply) if self.job.wishes.trace else None
+        return Done(reply, conducted.visible, conducted.usage, conducted.cost_usd, told)
+
+    def _told(self, reply: ChatReply) -> dict[str, Any]:
+        trace = self.job.trace
+        trace.record.worker = reply.worker
+        body = trace.body(reply, time.perf_counter())
+        return body | {
+            "role": None,
+            "conductor": self.conducting.writer.name,
+            "usage": tokens_body(self.conducted.visible, self.conducted.usage),
+            "cost_usd": self.conducted.cost_usd,
+            "upstream_calls": self.conducted.calls,
+        }
+
+    def _note(self) -> None:
+        """Put into the trace what happened, whether it came to an answer or not."""
+        self.job.trace.workflow = ultra_view.told(self.conducted)
+        for each in self.conducted.rounds:
+            if each.run is not None:
+                self.job.trace.record.attempts += _attempts(each.run)
+
+
+def _attempts(run: Run) -> list[Attempt]:
+    attempts = []
+    for step in run.steps:
+        started = step.started_s or 0.0
+        attempts += [Attempt(name, started, 0.0, error=error) for name, error in step.failures]
+        if step.reply is not None and step.started_s is not None and step.worker is not None:
+            attempts.append(Attempt(step.worker, started, step.seconds, step.reply.timing.first_byte_s))
+    return attempts
+
+
+def _piece(event: ConductEvent) -> Chunk | None:
+    """The piece of the answer that an event brings; calls of tools come at the end, under ids of ours."""
+    if isinstance(event, Stepped) and isinstance(event.event, StepChunk) and event.depth == 0:
+        return replace(event.event.chunk, tool_calls=(), final=None)
+    return None
+
+
+def _rest(reply: ChatReply, streamed: str) -> Chunk:
+    """What of the answer has not been streamed."""
+    calls = tuple(ToolCallDelta(i, call.id, call.name, call.arguments) for i, call in enumerate(reply.tool_calls))
+    if streamed:
+        return Chunk(reply.text.removeprefix(streamed), tool_calls=calls)
+    return Chunk(reply.text, reply.reasoning, calls, thoughts=reply.thoughts)

@@ -1,0 +1,127 @@
+"""From the configuration to a conductor that serves: whether there is one, its settings, its numbering of the pool."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from actors.config import CONDUCTOR, ConductorConfig, FuguConfig, WorkerSpec
+from actors.errors import CheckpointError
+from actors.messages import Worker
+from orchestrator.budget import Budget, Price
+from orchestrator.conductor import ConductorSettings, PromptSettings
+from orchestrator.conductor_card import ConductorCard, numbering, read_card
+from orchestrator.executor import ExecutorSettings
+
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True, slots=True)
+class Knobs:
+    """What a request may choose; None is the configuration's value. Limits of the configuration hold as well: a
+    request can only lower what it may spend."""
+
+    max_rounds: int | None = None
+    max_recursion: int | None = None
+    max_steps: int | None = None
+    deadline_s: float | None = None
+    budget_usd: float | None = None
+    max_calls: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conducting:
+    """A conductor as it is served: `writer` writes; `names` are the workers by their numbers; `about` a line on each;
+    `price` what a call costs."""
+
+    config: ConductorConfig
+    writer: Worker
+    names: tuple[str, ...]
+    about: Mapping[str, str]
+    price: Price
+
+    def settings(self, knobs: Knobs) -> ConductorSettings:
+        config = self.config
+        steps = config.max_steps if knobs.max_steps is None else min(knobs.max_steps, config.max_steps)
+        return ConductorSettings(
+            PromptSettings(config.style, config.show_names, config.examples, max_steps=steps),
+            max_rounds=config.max_rounds if knobs.max_rounds is None else knobs.max_rounds,
+            max_depth=config.max_recursion if knobs.max_recursion is None else knobs.max_recursion,
+            retries=config.retries,
+            temperature=config.temperature,
+            max_tokens=config.max_tokens,
+            structured=config.model is not None and config.provider == "vllm",
+            executor=ExecutorSettings(config.on_failure, config.fallbacks, config.steps),
+        )
+
+    def budget(self, knobs: Knobs) -> Budget:
+        return Budget(
+            seconds=_least(self.config.deadline, knobs.deadline_s),
+            usd=_least(self.config.budget_usd, knobs.budget_usd),
+            calls=_least(self.config.max_calls, knobs.max_calls),
+        )
+
+
+def why_no_conductor(config: FuguConfig) -> str | None:
+    """Why `fugu-ultra` is not served; None: it is.
+
+    Raises:
+        CheckpointError: the conductor's adapter does not fit the configuration.
+    """
+    conductor = config.conductor
+    if conductor is None:
+        return "the configuration has no conductor"
+    if conductor.worker in config.disabled:
+        return f"its conductor, the worker {conductor.worker}, is disabled ({config.disabled[conductor.worker]})"
+    _checked_card(config, conductor)
+    return None
+
+
+def conducting(config: FuguConfig, workers: Mapping[str, Worker]) -> Conducting:
+    """The conductor of a configuration that has one. `workers` are those of the pool and, under its own name, the
+    conductor's model, where it has one.
+
+    Raises:
+        CheckpointError: the conductor's adapter does not fit the configuration.
+    """
+    conductor = config.conductor
+    assert conductor is not None
+    names = numbering(_checked_card(config, conductor), [spec.name for spec in config.workers])
+    specs = {spec.name: spec for spec in config.active}
+    return Conducting(
+        conductor,
+        workers[conductor.worker or CONDUCTOR],
+        names,
+        {name: ", ".join(spec.tags) for name, spec in specs.items()},
+        _prices({**specs, **({} if (own := conductor.spec()) is None else {own.name: own})}),
+    )
+
+
+def _checked_card(config: FuguConfig, conductor: ConductorConfig) -> ConductorCard | None:
+    card = read_card(conductor.adapter) if conductor.adapter is not None else None
+    if card is None:
+        return None
+    wanted = replace(card, style=conductor.style, show_names=conductor.show_names, steps=conductor.steps)
+    for field in ("style", "show_names", "steps"):
+        if getattr(card, field) != getattr(wanted, field):
+            raise CheckpointError(
+                f"conductor.{field} is {getattr(wanted, field)}, but {conductor.adapter} was trained with "
+                f"{getattr(card, field)}"
+            )
+    numbering(card, [spec.name for spec in config.workers])
+    return card
+
+
+def _prices(specs: Mapping[str, WorkerSpec]) -> Price:
+    def price(worker: str, read: int, written: int) -> float | None:
+        spec = specs.get(worker)
+        if spec is None or spec.price is None:
+            return None
+        return (read * spec.price.input + written * spec.price.output) / 1e6
+
+    return price
+
+
+def _least(*limits: Number | None) -> Number | None:
+    return min((limit for limit in limits if limit is not None), default=None)
