@@ -229,7 +229,8 @@ class ConductorConfig(Strict):
     provider, device and gpus, is in memory once.
 
     `style` and `show_names` are what an adapter was trained with: `compact` is for very small models; with names the
-    prompt tells who the workers are, else they are numbers. `examples` can be left out of the paper's style.
+    prompt tells who the workers are, else they are numbers. `examples` can be left out of the paper's style. `steps` is
+    how workers are told their parts: with the whole task (`full`), or, for very small ones, the subtask alone (`bare`).
     `max_rounds` is how often it may plan, seeing its last result (1: once), and `max_recursion` how deep a step may
     be handed to the conductor itself. `retries` is how often it may write again what is no workflow; then the best
     single worker answers. `fallbacks` is how many other workers a failed step may go to, `on_failure` what happens
@@ -250,6 +251,7 @@ class ConductorConfig(Strict):
     style: Literal["paper", "compact"] = "paper"
     show_names: bool = False
     examples: bool = True
+    steps: Literal["full", "bare"] = "full"
     max_steps: Annotated[int, Field(ge=1, le=5)] = 5
     max_rounds: Annotated[int, Field(ge=1, le=8)] = 1
     max_recursion: Annotated[int, Field(ge=0, le=3)] = 0
