@@ -24,8 +24,9 @@ Kind = Literal["model_id", "subtasks", "access_list"]
 KINDS: tuple[Kind, ...] = ("model_id", "subtasks", "access_list")
 MAX_ITEMS = 256
 MAX_DEPTH = 3
-# Lists that break off are begun again at each later label. This bounds the characters read in all, per character.
-WORK = 8
+# A list that breaks off may hide the labels behind it, so that reading goes back to where it began; only so often that
+# no more than these plus the text's own number of characters are read twice.
+REREAD = 65_536
 
 # Every repetition is bounded, so that one attempt at one place takes constant time.
 _LABEL = re.compile(
@@ -40,7 +41,7 @@ _SPACE = re.compile(r"(?:[\s\u00a0\ufeff]+|#[^\n]*(?:\n|\Z)|//[^\n]*(?:\n|\Z))*"
 # What may follow a closing quote; a quote before anything else belongs to the text ("the worker's part").
 _AFTER = re.compile(r"[\s\u00a0]*(?:(?:#|//)[^\n]{0,200}\n[\s\u00a0]*)?(?:[,\]]|\Z)")
 _NUMBER = re.compile(r"[+-]?\d{1,9}")
-_BARE = re.compile(r"[^,\[\]\n]*")
+_BARE = re.compile(r"(?:[^,\[\]\n#]|(?<!\s)#)*")
 
 _CLOSING = {'"': '"', "'": "'", "`": "`", "“": '”“"', "”": '”"', "„": '“”"', "‘": "’'", "’": "’'", "«": "»"}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", '"': '"', "'": "'", "\\": "\\", "/": "/", "\n": ""}
@@ -95,9 +96,9 @@ def quoted(text: str) -> str:
 
 
 def defused(text: str) -> str:
-    """`text` with the colon after each plan label taken away, so that no plan is ever read out of it: for what others
+    """`text` with a dash for the colon after each plan label, so that no plan is ever read out of it: for what others
     wrote, where a writer of plans is shown it."""
-    return _LABEL.sub(lambda label: f"{label[0][:-1]} ", text)
+    return _LABEL.sub(lambda label: f"{label[0][:-1]}–", text)
 
 
 def _without_thoughts(text: str) -> str:
@@ -117,7 +118,7 @@ def _without_thoughts(text: str) -> str:
 def _lists(text: str) -> list[_Found]:
     """Every labelled list, in order. What stands inside a list that was read is not looked at again."""
     found: list[_Found] = []
-    at, work = 0, WORK * len(text) + 4096
+    at, reread = 0, REREAD + len(text)
     while (label := _LABEL.search(text, at)) is not None:
         at = label.end()
         opening = _OPENING.match(text, at)
@@ -130,9 +131,8 @@ def _lists(text: str) -> list[_Found]:
             found.append(_Found(kind, items))
         except _UnreadableError as error:
             found.append(_Found(kind, None, str(error)))
-            work -= error.at - begin
-            if work < 0:
-                break
+            reread -= error.at - begin
+            at = begin if reread >= 0 else error.at
     return found
 
 
