@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -34,13 +34,16 @@ from serve.api.models import MODEL, models_body, one_model_body
 from serve.api.responses import ResponsesDialect
 from serve.api.responses_routes import add_routes
 from serve.api.session import TRINITY, TrinityEngine
+from serve.api.ultra import ULTRA, UltraEngine
 from serve.api.wishes import WishReader
 from serve.auth import Keys
+from serve.conductor import Conducting, conducting, why_no_conductor
+from serve.memory import ActorStore
 from serve.router import Decider, OrderDecider, RouterClient
 from serve.schema import ChatBody
 from serve.schema_messages import CountBody, MessagesBody
 from serve.schema_responses import ResponsesBody
-from serve.store import SqliteStore
+from serve.store import SqliteStore, Store
 from serve.translate import dumps
 
 log = logging.getLogger("fugu.gateway")
@@ -51,7 +54,8 @@ DAY = 86400.0
 
 class Gateway:
     """The ASGI application. At most `serve.max_ongoing_requests` answers are made at once; more are told to come again.
-    `no_roles` says why `fugu-trinity` is not served; None: it is."""
+    `no_roles` says why `fugu-trinity` is not served; None: it is. `ultra` is who conducts `fugu-ultra`, and where its
+    paused workflows are kept; or why it is not served."""
 
     def __init__(
         self,
@@ -61,20 +65,26 @@ class Gateway:
         readiness: Readiness,
         *,
         no_roles: str | None = "no router with roles is deployed",
+        ultra: tuple[Conducting, Store] | str = "the configuration has no conductor",
     ) -> None:
         deciding = Deciding(config, workers, decider)
         engines: dict[str, Engine] = {MODEL: FuguEngine(deciding), TRINITY: TrinityEngine(deciding)}
+        absent = {} if no_roles is None else {TRINITY: no_roles}
+        if isinstance(ultra, str):
+            absent[ULTRA] = ultra
+        else:
+            engines[ULTRA] = UltraEngine(deciding, *ultra)
         keys, wishes = Keys(config.serve), WishReader(config)
         store = SqliteStore(state_dir() / "conversations.sqlite") if config.serve.store else None
         conversations = Conversations(store, config.serve.store_days * DAY)
         background = Background(conversations, config.serve.request_timeout)
         dialects: tuple[Dialect, ...] = (ChatDialect(), ResponsesDialect(conversations), MessagesDialect())
         self._endpoints: dict[str, Endpoint | CountEndpoint] = {
-            dialect.path: Endpoint(dialect, deciding, engines, keys, wishes, background, no_roles=no_roles)
+            dialect.path: Endpoint(dialect, deciding, engines, keys, wishes, background, absent=absent)
             for dialect in dialects
         }
         self._endpoints[COUNT_PATH] = CountEndpoint(MessagesDialect(), keys, config.serve, count_tokens)
-        self._rest = _rest(config, readiness, no_roles, conversations)
+        self._rest = _rest(config, readiness, absent, conversations)
         self._limit = config.serve.max_ongoing_requests
         self._ongoing = 0
         # Serve names its metrics after the route that matches; the busiest first.
@@ -107,7 +117,8 @@ class GatewayReplica:
         self._config = config
         self._no_roles = no_roles
         names = [spec.name for spec in config.active]
-        self._pool = WorkerPool.connect(config)
+        self._no_conductor = why_no_conductor(config)
+        self._pool = WorkerPool.connect(config, with_conductor=self._no_conductor is None)
         self._starting: asyncio.Task[None] | None = None
         self._decider: Decider = (
             OrderDecider(names) if router is None else RouterClient(router, names, config.router.timeout)
@@ -116,7 +127,11 @@ class GatewayReplica:
     def __serve_build_asgi_app__(self) -> Gateway:
         workers = [self._pool.workers[spec.name] for spec in self._config.active]
         readiness = Readiness({"workers": self._workers, "router": self._router})
-        return Gateway(self._config, workers, self._decider, readiness, no_roles=self._no_roles)
+        ultra: tuple[Conducting, Store] | str = self._no_conductor or ""
+        if self._config.conductor is not None and self._no_conductor is None:
+            store = ActorStore(self._config.conductor.memory)
+            ultra = conducting(self._config, self._pool.workers), store
+        return Gateway(self._config, workers, self._decider, readiness, no_roles=self._no_roles, ultra=ultra)
 
     async def _workers(self) -> str | None:
         """Also gets workers going: an actor loads its models when it is first asked for them, restarted ones too."""
@@ -137,7 +152,7 @@ class GatewayReplica:
         return None if failure is None else f"failed: {failure.message}"
 
 
-def _rest(config: FuguConfig, readiness: Readiness, no_roles: str | None, conversations: Conversations) -> FastAPI:
+def _rest(config: FuguConfig, readiness: Readiness, absent: Mapping[str, str], conversations: Conversations) -> FastAPI:
     """Everything but the hot path."""
     app = FastAPI(title="fugu", version="1", redirect_slashes=False)
     keys = Keys(config.serve)
@@ -149,12 +164,12 @@ def _rest(config: FuguConfig, readiness: Readiness, no_roles: str | None, conver
     @app.get("/v1/models", summary="The models that are served and their workers")
     async def models(request: Request) -> Response:
         keys.check(headers_of(request.scope).get(b"authorization"))
-        return answer(models_body(config, created, no_roles))
+        return answer(models_body(config, created, absent))
 
     @app.get("/v1/models/{name}", summary="One model")
     async def model(name: str, request: Request) -> Response:
         keys.check(headers_of(request.scope).get(b"authorization"))
-        return answer(one_model_body(config, created, name, no_roles))
+        return answer(one_model_body(config, created, name, absent))
 
     @app.get("/healthz", summary="Whether this process answers")
     async def healthz() -> Response:

@@ -53,7 +53,7 @@ class ActorStore:
     Raises (all methods): OverloadedError: the actor did not answer in time.
     """
 
-    def __init__(self, path: Path | None, *, namespace: str) -> None:
+    def __init__(self, path: Path | None, *, namespace: str = "fugu") -> None:
         self._path = path
         self._namespace = namespace
         self._name = f"fugu-memory:{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"

@@ -89,8 +89,8 @@ class Dialect(Protocol):
 
 
 class Endpoint:
-    """Answers one dialect. `engines` maps served models to what answers them; `no_roles` says why `fugu-trinity` is not
-    served; None: it is."""
+    """Answers one dialect. `engines` maps served models to what answers them; `absent` says of the others why they are
+    not served."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Endpoint:
         wishes: WishReader,
         background: Background,
         *,
-        no_roles: str | None,
+        absent: Mapping[str, str],
     ) -> None:
         self._dialect = dialect
         self._deciding = deciding
@@ -110,7 +110,7 @@ class Endpoint:
         self._keys = keys
         self._wishes = wishes
         self._background = background
-        self._no_roles = no_roles
+        self._absent = absent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = headers_of(scope)
@@ -122,7 +122,7 @@ class Endpoint:
             _check_content_type(headers)
             raw = await read_body(headers, receive, self._config.max_body_bytes)
             exchange = await self._dialect.read(raw, trace.request_id, caller)
-            check_served(exchange.model, self._no_roles)
+            check_served(exchange.model, self._absent)
             wishes = self._wishes.read(exchange.fugu or FuguBody(), headers)
             traced = wishes.trace
             request, trace.dropped = exchange.request()

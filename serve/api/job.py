@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from actors.config import FuguConfig, RouterConfig
@@ -34,7 +34,7 @@ class Wishes:
     choose: Choose
     trace: bool
     show_turns: bool | None
-    knobs: Knobs = Knobs()
+    knobs: Knobs = field(default_factory=Knobs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,44 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from actors.config import FuguConfig
 from actors.errors import UnknownModelError
 from serve.api.session import TRINITY
+from serve.api.ultra import ULTRA
 
 MODEL = "fugu"
+MODELS = (MODEL, TRINITY, ULTRA)
 
 
-def models_body(config: FuguConfig, created: int, no_roles: str | None) -> dict[str, Any]:
-    """`no_roles` says why `fugu-trinity` is not served; None: it is."""
-    return {"object": "list", "data": [_model(name, config, created) for name in _served(no_roles)]}
+def models_body(config: FuguConfig, created: int, absent: Mapping[str, str]) -> dict[str, Any]:
+    """`absent` says of each model that is not served here why."""
+    served = [_model(name, config, created) for name in MODELS if name not in absent]
+    return {"object": "list", "data": served}
 
 
-def one_model_body(config: FuguConfig, created: int, name: str, no_roles: str | None) -> dict[str, Any]:
+def one_model_body(config: FuguConfig, created: int, name: str, absent: Mapping[str, str]) -> dict[str, Any]:
     """Raises:
     UnknownModelError: it is not a model that is served.
     """
-    check_served(name, no_roles)
+    check_served(name, absent)
     return _model(name, config, created)
 
 
-def check_served(name: str, no_roles: str | None) -> None:
+def check_served(name: str, absent: Mapping[str, str]) -> None:
     """Raises:
-    UnknownModelError: it is not a model that is served, or `fugu-trinity` is not, with the reason.
+    UnknownModelError: it is not a model that is served; with the reason, if it is one that could be.
     """
-    served = _served(no_roles)
-    if name in served:
-        return
-    if name == TRINITY:
-        raise UnknownModelError(f"model: {TRINITY!r} is not served here: {no_roles}; use {MODEL!r}", param="model")
-    names = " or ".join(map(repr, served))
-    raise UnknownModelError(f"model: {name[:64]!r} is not served here; use {names}", param="model")
-
-
-def _served(no_roles: str | None) -> Sequence[str]:
-    return (MODEL, TRINITY) if no_roles is None else (MODEL,)
+    if name in absent:
+        raise UnknownModelError(f"model: {name!r} is not served here: {absent[name]}; use {MODEL!r}", param="model")
+    if name not in MODELS:
+        names = " or ".join(repr(served) for served in MODELS if served not in absent)
+        raise UnknownModelError(f"model: {name[:64]!r} is not served here; use {names}", param="model")
 
 
 def _model(name: str, config: FuguConfig, created: int) -> dict[str, Any]:
