@@ -104,7 +104,7 @@ async def conduct(
 
     Raises:
         FuguError: there is no answer at all: the error of the last attempt (BudgetError, DeadlineError,
-            AllWorkersFailedError).
+            AllWorkersFailedError); or one broke off after pieces of it had gone out (StreamBrokenError).
     """
     account = budget if isinstance(budget, Account) else Account(budget or Budget(), clock=clock)
     conducting = _Conducting(
@@ -174,6 +174,8 @@ class _Conducting:
             if this.bare or run.answer is None or run.out_of is not None:
                 break
             self.said.append(Round(self._written(this), run.answer.text))
+        if self.shown and isinstance(error, AllWorkersFailedError):
+            raise list(error.failures.values())[-1]  # the worker whose answer broke off after its first piece
         if self.conducted.answer is None or (self.shown and error is not None):
             raise error or AllWorkersFailedError({})
 

@@ -336,7 +336,7 @@ async def test_pieces_of_the_answer_come_only_when_it_is_certain() -> None:
         settings=ConductorSettings(max_rounds=2),
     )
     assert pieces(events) == []
-    with pytest.raises(AllWorkersFailedError):
+    with pytest.raises(StreamBrokenError):
         await conducting(writer(CHAIN), pool(a="pmal", b="28 BREAK"), stream_last=True)
 
 

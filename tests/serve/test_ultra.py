@@ -1,0 +1,395 @@
+"""`fugu-ultra` behind the gateway, over workers whose behaviour each test scripts. No Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.config import FuguConfig
+from actors.errors import CheckpointError, CircuitOpenError, StreamBrokenError, WorkerUnavailableError
+from actors.messages import ChatReply, ChatRequest, Chunk, Timing, ToolCall, ToolCallDelta, Usage
+from orchestrator.conductor_card import ConductorCard, write_card
+from orchestrator.workflow import Step, Workflow, render_workflow
+from serve.api.health import Readiness
+from serve.conductor import conducting, why_no_conductor
+from serve.gateway import Gateway
+from serve.router import OrderDecider
+from serve.store import SqliteStore
+from tests.serve.test_gateway import events, get, post
+
+NAMES = ("a", "b", "c")
+CALL = ToolCall("call_1", "weather", '{"at": "sea"}')
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+
+Answer = str | Exception | ToolCall
+
+
+class Scripted:
+    """Answers from a function of the request; streams in pieces of three letters. `wait` seconds before each."""
+
+    def __init__(self, name: str, answer: Answer | Callable[[ChatRequest], Answer], wait: float = 0) -> None:
+        self.name = name
+        self.wait = wait
+        self.answer = answer
+        self.requests: list[ChatRequest] = []
+        self.cancelled = 0
+
+    async def complete(self, request: ChatRequest) -> ChatReply:
+        self.requests.append(request)
+        try:
+            await asyncio.sleep(self.wait)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        answer = self.answer(request) if callable(self.answer) else self.answer
+        if isinstance(answer, Exception):
+            raise answer
+        calls = (answer,) if isinstance(answer, ToolCall) else ()
+        text = "looking" if isinstance(answer, ToolCall) else answer
+        finish: Any = "tool_calls" if calls else "stop"
+        return ChatReply(self.name, text, "", calls, finish, Usage(100, 10), 0.25, Timing(0.0, 0.1, 0.2))
+
+    async def stream(self, request: ChatRequest) -> AsyncIterator[Chunk]:
+        reply = await self.complete(request)
+        for start in range(0, len(reply.text), 3):
+            yield Chunk(reply.text[start : start + 3])
+            if reply.text.endswith("BREAK"):
+                raise StreamBrokenError("cut off", worker=self.name)
+        deltas = (ToolCallDelta(i, call.id, call.name, call.arguments) for i, call in enumerate(reply.tool_calls))
+        yield Chunk(tool_calls=tuple(deltas))
+        yield Chunk(final=reply)
+
+
+def plan(*steps: tuple[str, str, tuple[int, ...]]) -> str:
+    return render_workflow(Workflow(tuple(Step(*step) for step in steps)), NAMES)
+
+
+CHAIN = plan(("a", "reverse the word", ()), ("b", "count <b>letters</b>", (0,)))
+
+
+class Ultra:
+    """A gateway over workers a, b, c; c writes the plans. `store` outlives it."""
+
+    def __init__(self, folder: Path, writes: Any, *, a: Any = "pmal", b: Any = "four letters", **conductor: Any):
+        left = list(writes) if isinstance(writes, list) else None
+        self.a, self.b = Scripted("a", a), Scripted("b", b)
+        self.c = Scripted("c", writes if left is None else lambda _: left.pop(0))
+        serve = {"keep_alive": conductor.pop("keep_alive", 15), "request_timeout": 60}
+        specs = [
+            {"name": name, "provider": "openai", "model": "m", "price": {"input": 1, "output": 10}} for name in NAMES
+        ]
+        self.config = FuguConfig.model_validate(
+            {"workers": specs, "serve": serve, "conductor": {"worker": "c", **conductor}}
+        )
+        workers = {worker.name: worker for worker in (self.a, self.b, self.c)}
+        self.store = SqliteStore(folder / "workflows.sqlite")
+        ultra = conducting(self.config, workers), self.store
+        self.app = Gateway(self.config, list(workers.values()), OrderDecider(NAMES), Readiness({}), ultra=ultra)
+
+    async def ask(self, **fields: Any) -> Any:
+        return await post(self.app, model="fugu-ultra", **fields)
+
+
+async def test_a_whole_answer(tmp_path: Path) -> None:
+    ultra = Ultra(tmp_path, CHAIN)
+    response = await ultra.ask(fugu={"trace": True})
+    assert response.status_code == 200
+    body = response.json()
+    assert body["model"] == "fugu-ultra"
+    message = body["choices"][0]["message"]
+    assert message["content"] == "four letters"
+    assert message["reasoning_content"].splitlines()[1:] == [
+        "1. a: reverse the word",
+        "2. b: count <b>letters</b> (reads 1)",
+        "[step 1] a begins",
+        "[step 1] a is done (0.0 s)",
+        "[step 2] b begins",
+        "[step 2] b is done (0.0 s)",
+    ]
+    assert message["reasoning_content"].startswith("[plan] chain, 2 steps (")
+    assert body["usage"] == {
+        "prompt_tokens": 100,
+        "completion_tokens": 10,
+        "total_tokens": 330,
+        "prompt_tokens_details": {
+            "cached_tokens": 0,
+            "orchestration_input_tokens": 200,
+            "orchestration_input_cached_tokens": 0,
+        },
+        "completion_tokens_details": {"reasoning_tokens": 0, "orchestration_output_tokens": 20},
+    }
+    trace = body["fugu"]
+    assert (trace["worker"], trace["conductor"], trace["source"]) == ("b", "c", "order")
+    assert (trace["cost_usd"], trace["upstream_calls"], trace["paused"], trace["out_of"]) == (0.75, 3, False, None)
+    (round,) = trace["rounds"]
+    assert (round["plan"]["topology"], round["plan"]["depth"]) == ("chain", 2)
+    assert round["plan"]["steps"][1] == {"worker": "b", "subtask": "count <b>letters</b>", "access": [0]}
+    assert round["plan"]["mermaid"].startswith("flowchart TD\n")
+    assert "<b>" not in round["plan"]["mermaid"]
+    assert [(step["worker"], step["cost_usd"], step["skipped"]) for step in round["steps"]] == [
+        ("a", 0.25, None),
+        ("b", 0.25, None),
+    ]
+    assert trace["critical_path_s"] >= trace["planning_s"] >= 0
+    assert [attempt["worker"] for attempt in trace["attempts"]] == ["a", "b"]
+    # The caller's own sampling settings are for the workers, not for the plan.
+    assert ultra.c.requests[0].max_tokens == 1024
+
+
+async def test_what_is_streamed(tmp_path: Path) -> None:
+    ultra = Ultra(tmp_path, CHAIN)
+    response = await ultra.ask(stream=True, stream_options={"include_usage": True}, fugu={"trace": True})
+    told = events(response)
+    assert told[-1] == "[DONE]"
+    deltas = [event["choices"][0]["delta"] for event in told[:-1] if event["choices"]]
+    reasoning = [delta["reasoning_content"] for delta in deltas if delta.get("reasoning_content")]
+    pieces = [delta["content"] for delta in deltas if delta.get("content")]
+    assert reasoning[0].startswith("[plan] chain")
+    assert reasoning[1:] == [
+        "[step 1] a begins\n",
+        "[step 1] a is done (0.0 s)\n",
+        "[step 2] b begins\n",
+        "[step 2] b is done (0.0 s)\n",
+    ]
+    assert pieces == ["fou", "r l", "ett", "ers"], "the last step's pieces come as they are made"
+    assert told[-4]["choices"][0]["finish_reason"] == "stop"
+    assert told[-3]["usage"]["total_tokens"] == 330
+    assert told[-2]["fugu"]["rounds"][0]["plan"]["topology"] == "chain"
+
+
+async def test_the_turns_can_be_suppressed(tmp_path: Path) -> None:
+    ultra = Ultra(tmp_path, CHAIN)
+    whole = (await ultra.ask(fugu={"show_turns": False})).json()
+    assert "reasoning_content" not in whole["choices"][0]["message"]
+    told = events(await ultra.ask(stream=True, fugu={"show_turns": False}))
+    assert not any("reasoning_content" in event["choices"][0]["delta"] for event in told[:-1])
+
+
+async def test_a_silent_plan_keeps_the_connection_alive(tmp_path: Path) -> None:
+    ultra = Ultra(tmp_path, CHAIN, keep_alive=0.02)
+    ultra.c.wait = 0.2
+    response = await ultra.ask(stream=True)
+    assert response.text.count(": ") > 4
+    assert response.text.startswith(": ")
+
+
+async def test_a_plan_is_written_again_and_at_last_done_without(tmp_path: Path) -> None:
+    ultra = Ultra(tmp_path, ["no", "still no"], retries=1)
+    body = (await ultra.ask(fugu={"trace": True})).json()
+    assert body["choices"][0]["message"]["content"] == "pmal"
+    reasoning = body["choices"][0]["message"]["reasoning_content"]
+    assert "one more try" in reasoning
+    assert "The best single worker answers." in reasoning
+    (round,) = body["fugu"]["rounds"]
+    assert [bool(writing["error"]) for writing in round["writings"]] == [True, True]
+    assert "2 tries" in round["fallback"]
+    assert ultra.a.requests[0].messages[-1].text == "hello"
+
+
+async def test_workers_that_fail_are_told_with_the_trace(tmp_path: Path) -> None:
+    resting = CircuitOpenError("rests", worker="a", retry_after=30)
+    ultra = Ultra(tmp_path, CHAIN, a=resting)
+    trace = (await ultra.ask(fugu={"trace": True})).json()["fugu"]
+    assert trace["rounds"][0]["steps"][0]["failed"] == [{"worker": "a", "code": "circuit_open"}]
+    assert trace["rounds"][0]["steps"][0]["worker"] == "b"
+    # What it learned of a resting worker holds for the next choice.
+    again = (await ultra.ask(fugu={"trace": True})).json()["fugu"]
+    assert list(again["probabilities"]) != ["a"]
+
+    down = WorkerUnavailableError("is down", worker="x")
+    failed = await Ultra(tmp_path, CHAIN, a=down, b=down).ask(fugu={"trace": True, "deny": ["c"]})
+    assert failed.status_code == 502
+    assert set(failed.json()["error"]["failures"]) == {"a", "b"}
+    assert failed.json()["fugu"]["rounds"][0]["plan"]["topology"] == "chain"
+
+
+async def test_an_answer_that_breaks_off_is_an_error_and_nothing_is_said_twice(tmp_path: Path) -> None:
+    told = events(await Ultra(tmp_path, CHAIN, b="four BREAK").ask(stream=True, fugu={"show_turns": False}))
+    assert told[-1] == "[DONE]"
+    assert told[-2]["error"]["code"] == "stream_broken"
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in told[:-2]) == "fou"
+
+
+async def test_what_a_request_may_choose(tmp_path: Path) -> None:
+    keep = "model_id: []\nsubtasks: []\naccess_list: []"
+    three = plan(("a", "x", ()), ("b", "y", ()), ("a", "z", (0, 1)))
+    ultra = Ultra(tmp_path, [three, CHAIN, keep])
+    trace = (await ultra.ask(fugu={"trace": True, "max_steps": 2, "max_rounds": 2})).json()["fugu"]
+    assert "3 steps, and at most 2" in trace["rounds"][0]["writings"][0]["error"]
+    assert [round["kept"] for round in trace["rounds"]] == [False, True]
+
+    ultra = Ultra(tmp_path, CHAIN)
+    trace = (await ultra.ask(fugu={"trace": True, "max_calls": 2})).json()["fugu"]
+    assert (trace["upstream_calls"], trace["out_of"], trace["worker"]) == (2, "calls", "b")
+
+    ultra = Ultra(tmp_path, CHAIN, deadline=30)
+    ultra.b.wait = 30
+    trace = (await ultra.ask(fugu={"trace": True, "deadline_s": 0.3})).json()["fugu"]
+    assert (trace["out_of"], trace["worker"]) == ("seconds", "a")
+    assert ultra.b.cancelled == 1
+
+    ultra = Ultra(
+        tmp_path, lambda request: CHAIN.replace("[0, 1]", "[1, 1]") if "1, 2" in request.messages[-1].text else "?"
+    )
+    trace = (await ultra.ask(fugu={"trace": True, "deny": ["a"]})).json()["fugu"]
+    assert [step["worker"] for step in trace["rounds"][0]["steps"]] == ["b", "b"]
+    assert ultra.a.requests == []
+
+    for field, value in {
+        "max_rounds": 0,
+        "max_steps": 6,
+        "max_recursion": 4,
+        "deadline_s": 0,
+        "budget_usd": -1,
+    }.items():
+        response = await ultra.ask(fugu={field: value})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, f"fugu.{field}")
+
+
+async def test_a_caller_who_leaves_ends_the_calls(tmp_path: Path) -> None:
+    ultra = Ultra(tmp_path, CHAIN)
+    ultra.b.wait = 30
+    task = asyncio.create_task(ultra.ask())
+    for _ in range(200):
+        await asyncio.sleep(0.005)
+        if ultra.b.requests:
+            break
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ultra.b.cancelled == 1
+
+
+# Tools ---------------------------------------------------------------------------------------------------------------
+
+
+def looks(request: ChatRequest) -> Answer:
+    results = [message.text for message in request.messages if message.role == "tool"]
+    return f"the sea is {results[-1]}" if results else CALL
+
+
+def sent_back(message: dict[str, Any], result: str) -> list[dict[str, Any]]:
+    called = [{"role": "tool", "tool_call_id": call["id"], "content": result} for call in message["tool_calls"]]
+    return [{"role": "user", "content": "hello"}, message, *called]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_tool_in_an_inner_step_survives_the_gateway(tmp_path: Path, stream: bool) -> None:
+    first = Ultra(tmp_path, CHAIN, a=looks)
+    response = await first.ask(tools=TOOLS, stream=stream, fugu={"show_turns": False})
+    if stream:
+        told = events(response)[:-1]
+        deltas = [event["choices"][0]["delta"] for event in told]
+        (call,) = [call for delta in deltas for call in delta.get("tool_calls", ())]
+        message = {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{k: v for k, v in call.items() if k != "index"}],
+        }
+        assert told[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    else:
+        choice = response.json()["choices"][0]
+        message = choice["message"]
+        assert choice["finish_reason"] == "tool_calls"
+        assert message["content"] is None, "what an inner agent says beside its calls is not for the caller"
+    (call,) = message["tool_calls"]
+    assert call["id"].startswith("wf_")
+    assert call["function"] == {"name": "weather", "arguments": CALL.arguments}
+    assert first.b.requests == []
+
+    second = Ultra(tmp_path, AssertionError("nothing is planned again"), a=looks)
+    answer = (await second.ask(tools=TOOLS, messages=sent_back(message, "calm"), fugu={"trace": True})).json()
+    assert answer["choices"][0]["message"]["content"] == "four letters"
+    assert "the sea is calm" in second.b.requests[0].messages[-1].text
+    (round,) = answer["fugu"]["rounds"]
+    assert (round["resumed"], round["writings"]) == (True, [])
+    assert answer["usage"]["total_tokens"] == 220
+
+
+async def test_an_unknown_workflow_is_an_error_and_the_conversation_goes_on(tmp_path: Path) -> None:
+    message = (await Ultra(tmp_path, CHAIN, a=looks).ask(tools=TOOLS)).json()["choices"][0]["message"]
+    (tmp_path / "other").mkdir()
+    elsewhere = Ultra(tmp_path / "other", CHAIN)
+    response = await elsewhere.ask(tools=TOOLS, messages=sent_back(message, "calm"))
+    assert response.status_code == 404
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("workflow_not_found", "messages")
+    assert "add a user message" in error["message"]
+    # The way that the error names: planned anew, the tool results in view of all.
+    conversation = [*sent_back(message, "calm"), {"role": "user", "content": "go on"}]
+    response = await elsewhere.ask(tools=TOOLS, messages=conversation)
+    assert response.json()["choices"][0]["message"]["content"] == "four letters"
+    for worker in (elsewhere.a, elsewhere.b):
+        assert [m.text for m in worker.requests[0].messages if m.role == "tool"] == ["calm"]
+    assert "calm" in elsewhere.c.requests[0].messages[-1].text
+
+
+async def test_an_expired_workflow_is_gone(tmp_path: Path) -> None:
+    ultra = Ultra(tmp_path, CHAIN, a=looks, memory_ttl=0.01)
+    message = (await ultra.ask(tools=TOOLS)).json()["choices"][0]["message"]
+    await asyncio.sleep(0.05)
+    response = await ultra.ask(tools=TOOLS, messages=sent_back(message, "calm"))
+    assert response.json()["error"]["code"] == "workflow_not_found"
+
+
+async def test_a_missing_result_is_the_callers_fault(tmp_path: Path) -> None:
+    two = plan(("a", "x", ()), ("b", "y", ()), ("c", "z", (0, 1)))
+    ultra = Ultra(
+        tmp_path, lambda request: two if request.messages[-1].text.startswith("<question>") else "end", a=looks, b=looks
+    )
+    message = (await ultra.ask(tools=TOOLS)).json()["choices"][0]["message"]
+    assert len(message["tool_calls"]) == 2
+    response = await ultra.ask(tools=TOOLS, messages=sent_back(message, "calm")[:-1])
+    assert response.status_code == 400
+    assert message["tool_calls"][1]["id"] in response.json()["error"]["message"]
+
+
+# Whether it is served ------------------------------------------------------------------------------------------------
+
+
+async def test_it_is_listed_where_there_is_a_conductor(tmp_path: Path) -> None:
+    ultra = Ultra(tmp_path, CHAIN)
+    assert [model["id"] for model in (await get(ultra.app, "/v1/models")).json()["data"]] == ["fugu", "fugu-ultra"]
+    without = Gateway(ultra.config, [ultra.a], OrderDecider(["a"]), Readiness({}))
+    assert [model["id"] for model in (await get(without, "/v1/models")).json()["data"]] == ["fugu"]
+    response = await post(without, model="fugu-ultra")
+    assert response.status_code == 404
+    assert "no conductor" in response.json()["error"]["message"]
+
+
+def config(tmp_path: Path, workers: tuple[str, ...] = NAMES, **conductor: Any) -> FuguConfig:
+    specs = [{"name": name, "provider": "openai", "model": "m"} for name in workers]
+    conductor = {"model": "m", "adapter": tmp_path, **conductor}
+    return FuguConfig.model_validate({"workers": specs, "conductor": conductor})
+
+
+def test_an_adapter_is_served_for_what_it_was_trained_for_only(tmp_path: Path) -> None:
+    assert why_no_conductor(config(tmp_path)) is None
+    write_card(tmp_path, ConductorCard(("c", "a"), "compact", steps="bare"))
+    with pytest.raises(CheckpointError, match=r"style is paper.*trained with compact"):
+        why_no_conductor(config(tmp_path))
+    with pytest.raises(CheckpointError, match=r"steps is full.*trained with bare"):
+        why_no_conductor(config(tmp_path, style="compact"))
+    fits = config(tmp_path, style="compact", steps="bare")
+    assert why_no_conductor(fits) is None
+    # Numbers mean what they meant in training, whatever the order of the file.
+    workers = {name: Scripted(name, "x") for name in (*NAMES, "conductor")}
+    assert conducting(fits, workers).names == ("c", "a")
+    with pytest.raises(CheckpointError, match=r"trained with c, a"):
+        why_no_conductor(config(tmp_path, ("x", "y"), style="compact", steps="bare"))
+    (tmp_path / "conductor.json").write_text(json.dumps({"workers": []}))
+    with pytest.raises(CheckpointError, match=r"conductor\.json"):
+        why_no_conductor(fits)
+
+
+def test_a_disabled_worker_conducts_nothing(tmp_path: Path) -> None:
+    spec = {"name": "a", "provider": "openai", "model": "m"}
+    made = FuguConfig.model_validate(
+        {"workers": [spec, {**spec, "name": "b"}], "conductor": {"worker": "a"}, "disabled": {"a": "KEY is not set"}}
+    )
+    assert "KEY is not set" in (why_no_conductor(made) or "")
