@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,6 +13,10 @@ from actors.errors import ConfigError
 from training.cli_options import Address, Device, Json, Outcomes, Quiet, Workers
 from training.commands import check_json, err_console, explained, names, tell
 
+LIVE = "Live: a pool (--config) or an endpoint (--url)"
+# So many of the answers without a score are told.
+FEW = 10
+
 measure = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 
 
@@ -18,10 +24,14 @@ measure = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
     "eval",
     epilog="Examples:  [bold]fugu eval --outcomes outcomes/ --checkpoint router.safetensors[/]   ·   "
     "[bold]fugu eval --outcomes outcomes/ --workers a,b,c --checkpoint sft.safetensors --checkpoint "
-    "evolved.safetensors --split val --json result.json --min-gain 0.02[/]",
+    "evolved.safetensors --split val --json result.json --min-gain 0.02[/]   ·   live: [bold]fugu eval -c pool.yaml "
+    "--outcomes live/ --tasks reasoning-gym --checkpoint router.safetensors --budget-usd 5[/]   ·   an endpoint: "
+    "[bold]fugu eval --url http://127.0.0.1:8000 --model fugu --outcomes live/ --tasks mine.jsonl[/]",
 )
 def evaluate(
-    outcomes: Outcomes,
+    outcomes: Annotated[
+        Path, typer.Option("--outcomes", help="The folder of recorded outcomes; live: kept answers.", metavar="DIR")
+    ],
     checkpoint: Annotated[
         list[Path] | None, typer.Option(help="A router to measure (may be given again).", metavar="FILE")
     ] = None,
@@ -31,9 +41,9 @@ def evaluate(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Report and plots go here.", metavar="DIR")] = None,
     min_gain: Annotated[
         float | None,
-        typer.Option(help="Exit code 1 unless every checkpoint gains so much over the best single worker."),
+        typer.Option(help="Exit code 1 unless every checkpoint or system gains so much over the best single worker."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the intervals and of the baselines.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the intervals and of the baselines; live: of answers.")] = 0,
     backbone: Annotated[str | None, typer.Option(help="What reads the tasks.", show_default="the checkpoint's")] = None,
     read_tokens: Annotated[
         int | None, typer.Option(min=32, help="How much of a task is read.", show_default="as in training")
@@ -42,13 +52,96 @@ def evaluate(
         bool, typer.Option("--baselines/--no-baselines", help="kNN, k-means and MLP on the same hidden states.")
     ] = True,
     device: Annotated[Device, typer.Option(help="Where the backbone runs.")] = "auto",
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Live: the pool to measure.", rich_help_panel=LIVE)
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Live: an OpenAI-compatible endpoint; key: FUGU_API_KEY.", rich_help_panel=LIVE)
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="A model of the endpoint (may be given again).", rich_help_panel=LIVE)
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tasks as label takes them; without it those of --outcomes.", metavar="SOURCE", rich_help_panel=LIVE
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many tasks.", rich_help_panel=LIVE)] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each task.", rich_help_panel=LIVE)] = 1,
+    count: Annotated[int, typer.Option(min=1, help="Tasks to make of each family.", rich_help_panel=LIVE)] = 20,
+    difficulty: Annotated[
+        Literal["easy", "hard"], typer.Option(help="Of the tasks that are made.", rich_help_panel=LIVE)
+    ] = "easy",
+    task_seed: Annotated[int, typer.Option(min=0, help="Of the tasks that are made.", rich_help_panel=LIVE)] = 0,
+    grader: Annotated[str, typer.Option(help="For rows of a file that name none.", rich_help_panel=LIVE)] = "phrase",
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Length of an answer.", show_default="the worker's own", rich_help_panel=LIVE),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, max=2, help="Of answers.", show_default="the worker's own", rich_help_panel=LIVE),
+    ] = None,
+    budget_usd: Annotated[
+        float | None, typer.Option(min=0, help="Stop before more is spent.", rich_help_panel=LIVE)
+    ] = None,
+    max_requests: Annotated[
+        int | None, typer.Option(min=1, help="Stop before more calls are made.", rich_help_panel=LIVE)
+    ] = None,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(min=1, help="Attempts of systems at once.", show_default="by limits", rich_help_panel=LIVE),
+    ] = None,
+    address: Address = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure routers on recorded outcomes against every worker and every simpler way of choosing. Needs no server,
-    no configuration and no Ray."""
+    """Measure routers against every worker and every simpler way of choosing: on recorded outcomes (no server,
+    configuration or Ray needed), or live with --config or --url."""
     with explained():
         check_json(json)
+        if config is not None or url is not None:
+            from training import evaluate_live
+            from training.tasks import Columns, TaskSource
+
+            live = evaluate_live.LiveRun(
+                outcomes,
+                config,
+                tuple(checkpoint or ()),
+                url,
+                tuple(model or ()),
+                os.environ.get("FUGU_API_KEY"),
+                tuple(tasks or ()),
+                TaskSource(count, task_seed, difficulty, Columns(grader)),
+                names(workers),
+                split,
+                limit,
+                samples,
+                seed,
+                max_tokens,
+                temperature,
+                budget_usd,
+                max_requests,
+                concurrency,
+                min_gain,
+                out,
+                backbone,
+                read_tokens,
+                device,
+                address,
+                not quiet,
+            )
+            found = evaluate_live.run(live)
+            tell(found, json)
+            for system, task, reason in found.errors[:FEW]:
+                err_console.print(f"[dim]{system} on {task}: {reason}[/]", soft_wrap=True)
+            gate(found.passed, min_gain, {row.name: row.gain.mean for row in found.systems}, found.stopped)
+            return
+        live_only = {"--model": model, "--tasks": tasks, "--limit": limit, "--budget-usd": budget_usd}
+        live_only |= {"--max-requests": max_requests, "--max-tokens": max_tokens, "--temperature": temperature}
+        if given := [option for option, value in live_only.items() if value]:
+            raise ConfigError(f"{', '.join(given)}: for a live evaluation; give --config or --url, too")
         if min_gain is not None and not checkpoint:
             raise ConfigError("--min-gain is about checkpoints; give one with --checkpoint")
         from training import evaluate as room
@@ -72,10 +165,17 @@ def evaluate(
         tell(report, json)
         for name, reason in report.left_out.items():
             err_console.print(f"[dim]left out: {name}, {reason}[/]", soft_wrap=True)
-        if not report.passed:
-            gains = ", ".join(f"{row.name} {row.gain.mean:+.4f}" for row in report.heads)
-            err_console.print(f"[bold red]gate:[/] a gain of {min_gain:g} was asked for: {gains}", soft_wrap=True)
-            raise typer.Exit(1)
+        gate(report.passed, min_gain, {row.name: row.gain.mean for row in report.heads})
+
+
+def gate(passed: bool, asked: float | None, gains: Mapping[str, float], stopped: str = "") -> None:
+    """Exit code 1 where a gain was asked for and not reached."""
+    if passed:
+        return
+    told = ", ".join(f"{name} {gain:+.4f}" for name, gain in gains.items())
+    why = f" ({stopped})" if stopped else ""
+    err_console.print(f"[bold red]gate:[/] a gain of {asked:g} was asked for: {told or 'nothing'}{why}", soft_wrap=True)
+    raise typer.Exit(1)
 
 
 @measure.command(

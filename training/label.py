@@ -59,8 +59,9 @@ class LabelRun:
     progress: bool = True
 
 
-def run(settings: LabelRun) -> LabelReport:
-    """Label with the workers of a configuration, through their provider actors, as Ray tasks.
+def run(settings: LabelRun, tasks: Sequence[Task] | None = None) -> LabelReport:
+    """Label with the workers of a configuration, through their provider actors, as Ray tasks. `tasks` given are
+    labelled in place of those that the settings name.
 
     Everything that can be known to be wrong is found before the first call. Ctrl-C and SIGTERM lose at most the calls
     in flight: the folder is written, then KeyboardInterrupt is raised.
@@ -73,7 +74,7 @@ def run(settings: LabelRun) -> LabelReport:
     config = chosen(load_config(settings.config), settings.workers)
     names = [spec.name for spec in config.active]
     known = known_outcomes(settings.out)
-    tasks = tasks_of(settings, known)
+    tasks = tasks_of(settings, known) if tasks is None else tasks
     judges = frozenset(task.grader.partition(":")[2] for task in tasks if task.grader.startswith("judge:"))
     everyone = chosen(load_config(settings.config), (*names, *sorted(judges - set(names))))
     specs = {spec.name: spec for spec in everyone.active}

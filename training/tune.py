@@ -38,6 +38,7 @@ from training.tune_trial import (
     Pass,
     evolve_settings,
     lay_out,
+    parts_of,
     read_scores,
     replicate,
     scores_of,
@@ -160,6 +161,7 @@ def _checked(
         if settings.method != "sft":
             evolve_settings(laboratory, config, anywhere, settings.checkpoint)
     resolve_model(backbone or EMBEDDED_ALIAS)
+    list(parts_of(learn, settings.folds, settings.seed, settings.hold_out))
     return laboratory, learn, held
 
 

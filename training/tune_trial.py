@@ -164,9 +164,9 @@ def lay_out(
     with it, all are scored there. An evolution chooses by a part that it neither learns from nor is scored on.
 
     Raises:
-        DataError: too few tasks or data sets for so many folds.
+        DataError: as `parts_of`.
     """
-    parts = list(_parts(learn, folds, laboratory.seed, hold_out))
+    parts = list(parts_of(learn, folds, laboratory.seed, hold_out))
     evolves = laboratory.method != "sft"
     for number in range(replicates):
         split = np.full(len(learn.tasks), LEARN, dtype=object)
@@ -184,8 +184,12 @@ def lay_out(
         write_outcomes(laboratory.replicate(number), Outcomes(tuple(tasks), tuple(bare)))
 
 
-def _parts(found: Outcomes, folds: int, seed: int, hold_out: HoldOut) -> Iterator[NDArray[np.int64]]:
-    """A random partition of the tasks' positions, of single tasks or of whole data sets."""
+def parts_of(found: Outcomes, folds: int, seed: int, hold_out: HoldOut) -> Iterator[NDArray[np.int64]]:
+    """A random partition of the tasks' positions, of single tasks or of whole data sets.
+
+    Raises:
+        DataError: there are too few for so many folds.
+    """
     rng = np.random.default_rng([seed, 5])
     names = [task.dataset if hold_out == "datasets" else task.task_id for task in found.tasks]
     labels = sorted(set(names))

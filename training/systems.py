@@ -1,0 +1,137 @@
+"""Ways of answering that can be measured beside the workers: a name, and a function from a request to a reply.
+
+A system gets the request and the pool's workers, and may call them as it likes; what it calls is metered outside
+(`training.metering`), so that every system is counted and charged alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.config import RouterConfig
+from actors.messages import ChatReply, ChatRequest, Message, Worker
+from actors.model_files import resolve_model
+from orchestrator import coordinator, dispatch
+from orchestrator.backbone import Device
+from orchestrator.head import load_checkpoint
+from orchestrator.router import Decision, Router
+
+Ask = Callable[[ChatRequest, Mapping[str, Worker]], Awaitable[ChatReply]]
+
+# What is asked of the backbone waits this long (seconds) for others to join.
+_GATHER = 0.003
+
+
+@dataclass(frozen=True)
+class System:
+    """`ask` answers a request with the pool's workers, and raises a FuguError where it cannot. `note` says in a word
+    what it is."""
+
+    name: str
+    ask: Ask
+    note: str = ""
+
+
+class Decider:
+    """A router in this process. Conversations that are asked about at nearly the same time are decided together."""
+
+    def __init__(self, router: Router, allowed: frozenset[str]) -> None:
+        self._router = router
+        self._allowed = allowed
+        self._waiting: list[tuple[tuple[Message, ...], asyncio.Future[Decision]]] = []
+        self._sender: asyncio.Task[None] | None = None
+
+    async def __call__(self, conversation: tuple[Message, ...]) -> Decision:
+        future: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
+        self._waiting.append((conversation, future))
+        if self._sender is None:
+            self._sender = asyncio.create_task(self._send())
+        return await future
+
+    async def _send(self) -> None:
+        await asyncio.sleep(_GATHER)
+        try:
+            while self._waiting:
+                waiting, self._waiting = self._waiting, []
+                await self._decide(waiting)
+        finally:
+            self._sender = None
+
+    async def _decide(self, waiting: Sequence[tuple[tuple[Message, ...], asyncio.Future[Decision]]]) -> None:
+        count = len(waiting)
+        talks = [conversation for conversation, _ in waiting]
+        try:
+            decisions = await asyncio.to_thread(
+                self._router.decide, talks, [self._allowed] * count, [None] * count, "argmax"
+            )
+        except Exception as error:
+            for _, future in waiting:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        for (_, future), decision in zip(waiting, decisions, strict=True):
+            if not future.done():
+                future.set_result(decision)
+
+
+def router_systems(
+    checkpoint: Path,
+    pool: Sequence[str],
+    allowed: Sequence[str],
+    config: RouterConfig,
+    *,
+    suffix: str = "",
+    backbone: str | None = None,
+    max_tokens: int | None = None,
+    device: Device = "auto",
+) -> list[System]:
+    """`fugu`, and `fugu-trinity` where the head has roles, as they are served with this head: greedily, with the
+    next worker after a failure. `pool` are all workers of the configuration, `allowed` those that may answer.
+
+    Raises:
+        CheckpointError, ConfigError: as `orchestrator.router.Router.load`.
+    """
+    head = load_checkpoint(checkpoint)
+    files = resolve_model(backbone or head.info.backbone, revision=head.info.revision)
+    router = Router.load(
+        files.folder,
+        checkpoint,
+        pool,
+        max_tokens=max_tokens or config.max_tokens,
+        device=device,
+        backbone=files.id,
+        revision=files.revision,
+    )
+    decide = Decider(router, frozenset(allowed))
+    method = str(head.info.trained.get("method", ""))
+
+    async def fugu(request: ChatRequest, workers: Mapping[str, Worker]) -> ChatReply:
+        decision = await decide(request.messages)
+        ranking = dispatch.rank(decision.worker, decision.probabilities, allowed, config.fallbacks)
+        tried = [workers[name] for name in ranking]
+        return await dispatch.complete(tried, request, record=dispatch.Record(), clock=time.monotonic)
+
+    async def trinity(request: ChatRequest, workers: Mapping[str, Worker]) -> ChatReply:
+        session = await coordinator.play(
+            request, decide, workers, max_turns=config.max_turns, fallbacks=config.fallbacks, guard=config.guard
+        )
+        # Without the guard a session may end without an answer, which is worth nothing.
+        return session.response or ChatReply("")
+
+    systems = [System(f"fugu{suffix}", fugu, method)]
+    if head.info.roles:
+        systems.append(System(f"fugu-trinity{suffix}", trinity, method))
+    return systems
+
+
+def worker_system(name: str) -> System:
+    """A system that is one worker: a model of a running endpoint, for example."""
+
+    async def ask(request: ChatRequest, workers: Mapping[str, Worker]) -> ChatReply:
+        return await workers[name].complete(request)
+
+    return System(name, ask, "endpoint")
