@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from actors.errors import DataError
+from training.cli_conductor import conductor_commands
 from training.cli_measure import measure
 from training.cli_options import EMBEDDED, Address, BudgetUsd, Json, MaxTokens, Quiet, Temperature, Workers
 from training.cli_train import train
@@ -92,5 +93,6 @@ def label(
         tell(room.run(settings), json)
 
 
+train.add_typer(conductor_commands)
 app.add_typer(train, name="train")
 app.add_typer(measure)
