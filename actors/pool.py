@@ -25,6 +25,7 @@ from actors.config import FuguConfig, WorkerSpec
 from actors.errors import FuguError, StreamBrokenError, WorkerRejectedError, WorkerUnavailableError
 from actors.link import Endpoint, Link, LinkLostError
 from actors.messages import ChatReply, ChatRequest, Chunk, Message
+from actors.placement import provider_resources
 from actors.provider import LimitWindow, ProviderActor
 from actors.status import CheckResult, WorkerStatus
 
@@ -67,7 +68,8 @@ class WorkerPool:
         specs = config.active if conductor is None else (*config.active, conductor)
         shards: dict[str, list[Shard]] = {}
         for group in grouped(specs):
-            actors = [Shard(group, shard, namespace, limits) for shard in range(group[0].shards)]
+            where = provider_resources(group, config.placement)
+            actors = [Shard(group, shard, namespace, limits, where) for shard in range(group[0].shards)]
             for spec in group:
                 shards[spec.name] = actors
         for shard in _distinct(shards.values()):
@@ -180,8 +182,16 @@ class PoolWorker:
 class Shard:
     """One provider actor, which hosts the workers `group`: its handle, and this process's connections to it."""
 
-    def __init__(self, group: Sequence[WorkerSpec], shard: int, namespace: str, limits: LimitWindow) -> None:
+    def __init__(
+        self,
+        group: Sequence[WorkerSpec],
+        shard: int,
+        namespace: str,
+        limits: LimitWindow,
+        resources: Mapping[str, float],
+    ) -> None:
         self._group = tuple(group)
+        self._resources = dict(resources)
         self._number = shard
         self._namespace = namespace
         self._limits = limits
@@ -200,6 +210,7 @@ class Shard:
             get_if_exists=True,
             num_cpus=0,
             num_gpus=first.gpus,
+            resources=self._resources,
             max_restarts=-1,
             max_task_retries=0,
         ).remote(self._group, self._number, self._limits)

@@ -16,7 +16,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +29,19 @@ from ray.serve.config import HTTPOptions
 
 from actors.config import FuguConfig, Replicas
 from actors.errors import ConfigError, FuguError
+from actors.placement import resources
 from actors.pool import WorkerPool
 from serve.auth import check_bind
 from serve.checkpoint import why_no_roles
+from serve.conductor import why_no_conductor
 from serve.gateway import GatewayReplica
-from serve.router import RouterReplica
+from serve.memory import ActorStore
+from serve.router import RouterReplica, Served
 
 log = logging.getLogger("fugu.app")
 
 APP = "fugu"
+ROUTER = "Router"
 NAMESPACE = "fugu"
 # Ray's object store holds nothing but the odd long conversation on its way to the router.
 OBJECT_STORE_BYTES = 100 * 1024 * 1024
@@ -45,31 +49,47 @@ DEPLOY_FAILED = "DEPLOY_FAILED"
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 
-def build_app(config: FuguConfig, *, gpu: bool = False) -> serve.Application:
-    """Gateway and, where there is something to decide, router. `gpu`: the cluster has one for the router.
+def build_app(config: FuguConfig, *, gpu: bool = False, where: Mapping[str, float] | None = None) -> serve.Application:
+    """Gateway and, where there is something to decide, router. `gpu`: the cluster has one for the router. `where`: what
+    replicas ask of a node, beside CPUs and GPUs.
 
     Without a checkpoint, or with one worker left and no roles, no router is deployed.
     """
+    served = Served.of(config.router).json() if needs_router(config) else None
+    return assemble(config, served, why_no_roles(config.router), gpu=gpu, where=where or {})
+
+
+def assemble(
+    config: FuguConfig,
+    served: Mapping[str, Any] | None,
+    no_roles: str | None,
+    *,
+    gpu: bool,
+    where: Mapping[str, float],
+) -> serve.Application:
+    """The application, with a router if something is `served` (`serve.router.Served.json`; empty: told later, by the
+    deployment's `user_config`)."""
     settings = config.serve
     router = None
-    if needs_router(config):
-        actor = {"num_cpus": 0, "num_gpus": settings.gpus_per_router if gpu else 0}
+    if served is not None:
+        actor = {"num_cpus": 0, "num_gpus": settings.gpus_per_router if gpu else 0, "resources": dict(where)}
         router = serve.deployment(
-            name="Router",
+            name=ROUTER,
             ray_actor_options=actor,
             max_ongoing_requests=max(256, 4 * config.router.max_batch),
+            **({"user_config": dict(served)} if served else {}),
             **_replicas(settings.router_replicas),
         )(RouterReplica).bind(config.router, [spec.name for spec in config.workers])
     gateway = serve.deployment(
         name="Gateway",
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": dict(where)},
         # The gateway refuses what is beyond its limit, in words; Serve's own limit must not be met first.
         max_ongoing_requests=settings.max_ongoing_requests + 256,
         graceful_shutdown_timeout_s=settings.drain + 2,
         graceful_shutdown_wait_loop_s=0.25,
         **_replicas(settings.gateway_replicas),
     )(serve.ingress()(GatewayReplica))
-    return gateway.bind(config, router, why_no_roles(config.router))
+    return gateway.bind(config, router, no_roles)
 
 
 def needs_router(config: FuguConfig) -> bool:
@@ -126,7 +146,8 @@ class Server:
         server = cls(config, _url(settings.host, settings.port), address is None)
         try:
             progress("starting the workers")
-            server._pool = WorkerPool.connect(config, namespace=NAMESPACE)
+            conducted = why_no_conductor(config) is None
+            server._pool = WorkerPool.connect(config, namespace=NAMESPACE, with_conductor=conducted)
             # Models load while Serve starts.
             threading.Thread(target=_get_ready, args=(server._pool,), name="workers", daemon=True).start()
             progress("starting the gateway")
@@ -136,7 +157,7 @@ class Server:
                 logging_config=LOGGING,
             )
             gpu = ray.cluster_resources().get("GPU", 0) > 0
-            app = build_app(config, gpu=gpu)
+            app = build_app(config, gpu=gpu, where=resources(config.placement.serve, config.placement))
             serve._run(app, _blocking=False, name=APP, route_prefix="/", logging_config=LOGGING)
         except BaseException:
             server.stop(drain=False)
@@ -175,6 +196,8 @@ class Server:
                 _quietly("deleting the application", lambda: serve.delete(APP))
             if self._pool is not None:
                 _quietly("stopping the workers", self._pool.shutdown)
+            if self.config.conductor is not None:
+                _quietly("stopping the memory", ActorStore(self.config.conductor.memory, namespace=NAMESPACE).shutdown)
             # Serve's controller, proxies and HAProxy end with the Ray they run in; in someone else's they stay.
             ray.shutdown()
 

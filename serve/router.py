@@ -9,8 +9,10 @@ import asyncio
 import logging
 import os
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from ray import serve
@@ -21,6 +23,8 @@ from actors.messages import ImagePart, Message
 from serve.trace import Choice
 
 log = logging.getLogger("fugu.router")
+
+CODE = Path(__file__).resolve().parents[1]
 
 Choose = Literal["argmax", "sample"]
 
@@ -46,68 +50,128 @@ class Answer:
     source: str
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Which checkpoints decide: `canary` for a `share` (0..1) of the conversations. As `json` it is the deployment's
+    `user_config`, so that another checkpoint is an update of running replicas."""
+
+    checkpoint: str
+    canary: str | None = None
+    share: float = 0.0
+
+    @classmethod
+    def of(cls, config: RouterConfig) -> Served:
+        assert config.checkpoint is not None
+        if config.canary is None:
+            return cls(str(config.checkpoint))
+        return cls(str(config.checkpoint), str(config.canary.checkpoint), config.canary.share)
+
+    def json(self) -> dict[str, Any]:
+        return {"checkpoint": self.checkpoint, "canary": self.canary, "share": self.share}
+
+
 class RouterReplica:
-    """One copy of backbone and head. A checkpoint that does not fit does not crash the replica over and over: the
-    reason is kept, told by `status`, and returned for every question."""
+    """One copy of backbone and head, and of the canary's. A checkpoint that does not fit does not crash the replica
+    over and over: the reason is kept, told by `status`, and returned for every question; one that comes as an update
+    is refused, and the old one goes on deciding."""
 
     def __init__(self, config: RouterConfig, workers: Sequence[str]) -> None:
+        self._config = config
+        self._workers = tuple(workers)
         self._failure: FuguError | None = None
+        self._routers: tuple[Any, Any | None] | None = None
+        self._served: Served | None = None
+        self._refused: str | None = None
         decide: Any = self.decide
         decide.set_max_batch_size(config.max_batch)
         decide.set_batch_wait_timeout_s(config.batch_wait_ms / 1000)
+
+    async def reconfigure(self, served: dict[str, Any]) -> None:
+        """Take these checkpoints (`Served.json`); questions are answered with the old ones until the new are loaded."""
+        new = Served(**served)
         try:
-            self._router = _load(config, workers)
+            loaded = await asyncio.to_thread(self._load, new)
         except FuguError as error:
-            log.error("the router cannot start: %s", error.message)
-            self._failure = error
+            log.error("the router cannot take %s: %s", new.checkpoint, error.message)
+            self._refused = error.message
+            if self._routers is None:
+                self._failure = error
+            return
+        self._routers, self._served, self._failure, self._refused = loaded, new, None, None
+
+    def _load(self, new: Served) -> tuple[Any, Any | None]:
+        canary = None if new.canary is None else _load(self._config, new.canary, self._workers)
+        return _load(self._config, new.checkpoint, self._workers), canary
 
     async def status(self) -> FuguError | None:
         """None once the model is loaded, else why it is not."""
         return self._failure
 
+    async def serving(self) -> dict[str, Any]:
+        """Which checkpoints decide (`Served.json`), and `refused`: why the newest do not, if they do not."""
+        return {**({} if self._served is None else self._served.json()), "refused": self._refused}
+
     @serve.batch
     async def decide(self, questions: list[Question]) -> list[Answer | FuguError]:
         """One answer per question, in one forward pass per way of choosing (nearly always one in all)."""
-        if self._failure is not None:
-            return [self._failure] * len(questions)
-        return await asyncio.to_thread(self._decide, questions)
+        if self._routers is None or self._served is None:
+            return [self._failure or FuguError("the router has no checkpoint yet")] * len(questions)
+        # An update may come while this batch is decided.
+        return await asyncio.to_thread(self._decide, questions, self._routers, self._served.share)
 
-    def _decide(self, questions: list[Question]) -> list[Answer | FuguError]:
+    @staticmethod
+    def _decide(questions: list[Question], routers: tuple[Any, Any | None], share: float) -> list[Answer | FuguError]:
+        stable, canary = routers
+        groups: dict[tuple[str, bool], list[int]] = {}
+        for index, question in enumerate(questions):
+            tried = canary is not None and place_of(question.messages) < share
+            groups.setdefault((question.choose, tried), []).append(index)
         answers: dict[int, Answer | FuguError] = {}
-        for choose in ("argmax", "sample"):
-            chosen = [index for index, question in enumerate(questions) if question.choose == choose]
-            answers.update(zip(chosen, self._decide_alike([questions[i] for i in chosen], choose), strict=True))
+        for (choose, tried), chosen in groups.items():
+            decided = _decide_alike(canary if tried else stable, [questions[i] for i in chosen], choose)
+            answers.update(zip(chosen, map(_by_canary, decided) if tried else decided, strict=True))
         return [answers[index] for index in range(len(questions))]
 
-    def _decide_alike(self, questions: Sequence[Question], choose: Any) -> list[Answer | FuguError]:
-        try:
-            decisions = self._router.decide(
-                [question.messages for question in questions],
-                [question.allowed for question in questions],
-                [question.seed for question in questions],
-                choose,
-            )
-        except FuguError as error:
-            if len(questions) == 1:
-                return [error]
-            # One bad question must not fail the others of its batch.
-            return [answer for question in questions for answer in self._decide_alike([question], choose)]
-        return [Answer(each.worker, each.probabilities, each.role, each.source) for each in decisions]
+
+def _by_canary(answer: Answer | FuguError) -> Answer | FuguError:
+    return replace(answer, source="canary") if isinstance(answer, Answer) and answer.source == "head" else answer
 
 
-def _load(config: RouterConfig, workers: Sequence[str]) -> Any:
+def place_of(messages: Sequence[Message]) -> float:
+    """A number in [0, 1) that stays the same through a conversation: of what the user said first."""
+    first = next((message for message in messages if message.role == "user"), messages[0])
+    return zlib.crc32(repr(first.content).encode()) / 2**32
+
+
+def _decide_alike(router: Any, questions: Sequence[Question], choose: Any) -> list[Answer | FuguError]:
+    try:
+        decisions = router.decide(
+            [question.messages for question in questions],
+            [question.allowed for question in questions],
+            [question.seed for question in questions],
+            choose,
+        )
+    except FuguError as error:
+        if len(questions) == 1:
+            return [error]
+        # One bad question must not fail the others of its batch.
+        return [answer for question in questions for answer in _decide_alike(router, [question], choose)]
+    return [Answer(each.worker, each.probabilities, each.role, each.source) for each in decisions]
+
+
+def _load(config: RouterConfig, checkpoint: str, workers: Sequence[str]) -> Any:
     import torch
 
     from actors.model_files import resolve_model
+    from actors.storage import local_copy
     from orchestrator.router import Router
 
     # Ray sets OMP_NUM_THREADS from `num_cpus`, which is 0 here: one thread would decide at a fraction of the speed.
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    assert config.checkpoint is not None
     files = resolve_model(config.backbone, progress=False)
     return Router.load(
         files.folder,
-        config.checkpoint,
+        local_copy(checkpoint, CODE),
         workers,
         max_tokens=config.max_tokens,
         backbone=files.id,

@@ -14,9 +14,9 @@ from serve.translate import usage_body
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the decision came to. `source` is head (the trained router), order (that of the file), single (one worker
-    was allowed), tool_loop (who asked for the tool) or stay (no other was better by the margin); `worker` is None where
-    the order of the file decides; `seconds` as the gateway saw it."""
+    """What the decision came to. `source` is head (the trained router), canary (the checkpoint on trial), order (that
+    of the file), single (one worker was allowed), tool_loop (who asked for the tool) or stay (no other was better by
+    the margin); `worker` is None where the order of the file decides; `seconds` as the gateway saw it."""
 
     worker: str | None
     probabilities: Mapping[str, float]
