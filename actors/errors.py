@@ -27,6 +27,7 @@
     │   ├── PlanWorkerNotAllowedError     422   a worker of the pool that this request may not use
     │   ├── PlanSubtaskError              422   an empty subtask
     │   └── PlanAccessError               422   access to something that is not an earlier step
+    ├── ClusterError                      500   a command on a cluster failed; says which
     ├── OverloadedError                   503   too many requests at once
     ├── DeadlineError                     504   the request as a whole took too long
     ├── WorkerError                       502   one worker could not answer; `worker` names it
@@ -38,6 +39,7 @@
     │   ├── WorkerTimeoutError            504   `phase` is connect, first_byte, idle or total
     │   ├── WorkerUnavailableError        502   5xx, connection refused or reset, actor died
     │   ├── ProtocolError                 502   the provider sent something that is not its wire format
+    │   ├── ShapeError                    502   the answer is not the JSON that was asked for, after one repair
     │   └── StreamBrokenError             502   failed after the first byte; what was sent stands
     └── AllWorkersFailedError             502/503/429  every worker tried failed; `failures` says why each
 
@@ -219,6 +221,10 @@ class PlanAccessError(PlanError):
     kind = "access"
 
 
+class ClusterError(FuguError):
+    code = "cluster_failed"
+
+
 class OverloadedError(FuguError):
     status = 503
     type = "overloaded_error"
@@ -289,6 +295,12 @@ class WorkerUnavailableError(WorkerError):
 class ProtocolError(WorkerError):
     code = "bad_upstream_response"
     retryable = True
+
+
+class ShapeError(WorkerError):
+    """The same worker was asked to put it right once, so it is not asked again; another may do better."""
+
+    code = "schema_not_met"
 
 
 class StreamBrokenError(WorkerError):

@@ -27,6 +27,7 @@ from actors.errors import (
     ProtocolError,
     RateLimitedError,
     RequestError,
+    ShapeError,
     StreamBrokenError,
     WorkerError,
     WorkerRejectedError,
@@ -38,6 +39,7 @@ from actors.limiter import SLACK, WINDOW, Grant, Limiter, Share, split
 from actors.marks import worker_tag
 from actors.messages import ChatReply, ChatRequest, Chunk, Message, Thought, Timing, ToolCallDelta, Usage
 from actors.status import Counters, WorkerStatus
+from actors.structured import joined, native, repaired, shape_of
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +98,7 @@ class WorkerRuntime:
                 self.limiter.assume_full()
             journal.start(self.limiter.live)
         self.breaker = CircuitBreaker(spec.breaker.failures, spec.breaker.cooldown, clock=clock, worker=spec.name)
+        self._native = native(spec)
         self._cache: ResponseCache[ChatReply] | None = None
         if spec.cache is not None:
             self._cache = ResponseCache(spec.cache.entries, spec.cache.ttl, clock=clock)
@@ -136,6 +139,23 @@ class WorkerRuntime:
             return self._from_cache(reply, begin) if shared else reply
 
     async def _call(self, request: ChatRequest) -> ChatReply:
+        shape = shape_of(request)
+        if shape is None:
+            return await self._one(request)
+        if self._native == "none":
+            request = shape.asked(request)
+        reply, wrong = shape.read(await self._one(request))
+        if wrong is None:
+            return reply
+        if request.max_attempts is None or request.max_attempts > reply.attempts:
+            again = repaired(request, reply, wrong[1])
+            second, wrong = shape.read(await self._one(again))
+            reply = joined(reply, second)
+        if wrong is not None:
+            raise ShapeError(f"its answer is not the JSON that was asked for: {wrong[0]}", worker=self.spec.name)
+        return reply
+
+    async def _one(self, request: ChatRequest) -> ChatReply:
         call = _Call(self, request)
         reply = await call.bounded(call.retrying(call.complete))
         return self._finish(call, reply)
@@ -144,10 +164,15 @@ class WorkerRuntime:
 
     async def stream(self, request: ChatRequest) -> AsyncIterator[Chunk]:
         """Answer a request piece by piece; the last chunk carries the reply as a whole. Closing the iterator ends the
-        upstream call.
+        upstream call. JSON of a worker that is not held to it while it writes comes whole, checked, at the end.
 
         Raises `StreamBrokenError` for whatever fails after the first chunk, other `WorkerError`s before it.
         """
+        shape = shape_of(request)
+        if shape is not None and self._native != "trusted":
+            for chunk in as_chunks(await self.complete(request)):
+                yield chunk
+            return
         request = prepare(request, self.spec)
         with self._counting():
             key = request.fingerprint() if self._cache is not None else ""
@@ -167,6 +192,10 @@ class WorkerRuntime:
             finally:
                 await call.leave()
             reply = self._finish(call, chunk.final)
+            if shape is not None and (wrong := shape.read(reply)[1]) is not None:
+                raise StreamBrokenError(
+                    f"its answer is not the JSON that was asked for: {wrong[0]}", worker=self.spec.name
+                )
             if self._cache is not None:
                 self._cache.put(key, reply)
         yield replace(chunk, final=reply)

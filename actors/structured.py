@@ -1,0 +1,160 @@
+"""Answers that must be JSON: asked for natively where the worker's API has it, checked, and repaired once.
+
+`native` says what the worker's API does with a schema: `trusted` holds the model to it while it writes, `sent` is told
+of it but may ignore it (servers that are compatible with OpenAI's differ), `none` does not know the field, so the
+schema is put into the conversation. What is not trusted is checked before anybody sees a byte of it; an answer that
+fails gets one turn of repair by the same worker.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import orjson
+
+from actors.config import WorkerSpec
+from actors.errors import RequestError
+from actors.messages import ChatReply, ChatRequest, Message, ResponseFormat
+
+Native = Literal["trusted", "sent", "none"]
+
+_FENCED = re.compile(r"\s*```[a-zA-Z]*\s*\n(.*?)\n?\s*```\s*", re.DOTALL)
+_SHOWN_CHARACTERS = 2000
+
+
+def native(spec: WorkerSpec) -> Native:
+    """What becomes of a schema at this worker."""
+    match spec.provider:
+        case "vllm" | "gemini":
+            return "trusted"
+        case "anthropic":
+            from actors.adapters.anthropic import generation
+
+            known = generation(spec.model)
+            return "sent" if known is None else "trusted" if known >= (4, 1) else "none"
+        case "openai":
+            host = urlsplit(spec.url).hostname or ""
+            return "trusted" if host.endswith(("openai.com", "azure.com")) else "sent"
+        case "replay":
+            return "sent"  # it knows conversations by their words, so nothing may be added
+        case "local":
+            return "none"
+
+
+class Shape:
+    """What an answer must be: JSON, and of a schema where there is one.
+
+    Raises:
+        RequestError: the schema is none, or refers to something outside itself.
+    """
+
+    def __init__(self, wanted: ResponseFormat) -> None:
+        # Requests without a schema, nearly all, do without these.
+        from jsonschema import SchemaError
+        from jsonschema.validators import validator_for
+        from referencing import Registry
+
+        self._validator: Any = None
+        self.schema: Mapping[str, Any] | None = wanted.schema if wanted.kind == "json_schema" else None
+        if self.schema is None:
+            return
+        kind = validator_for(self.schema)
+        try:
+            kind.check_schema(self.schema)
+        except SchemaError as error:
+            where = "".join(f"[{part!r}]" for part in error.absolute_path)
+            raise RequestError(
+                f"response_format: the schema is not valid at {where or 'its root'} ({error.validator})",
+                param="response_format",
+            ) from None
+        except RecursionError:
+            raise _too_deep() from None
+        # An empty registry: what a schema refers to outside itself is never fetched.
+        self._validator = kind(self.schema, registry=Registry())
+
+    def read(self, reply: ChatReply) -> tuple[ChatReply, tuple[str, str] | None]:
+        """The reply, bare of a fence around its JSON, and what is wrong with it: (in words that quote nothing, in words
+        for the worker). An answer that was cut off, was refused or calls tools is nobody's JSON, and not wrong."""
+        if reply.finish_reason != "stop" or reply.tool_calls:
+            return reply, None
+        fenced = _FENCED.fullmatch(reply.text)
+        text = fenced[1] if fenced else reply.text
+        try:
+            value = orjson.loads(text)
+        except orjson.JSONDecodeError as error:
+            return reply, ("it is not JSON", f"It is not valid JSON: {error.msg} at character {error.pos}.")
+        if text != reply.text:
+            reply = replace(reply, text=text)
+        if self._validator is None:
+            wrong = None if isinstance(value, dict) else ("it is not a JSON object", "It is not a JSON object.")
+            return reply, wrong
+        return reply, self._wrong(value)
+
+    def _wrong(self, value: Any) -> tuple[str, str] | None:
+        from jsonschema.exceptions import best_match
+        from referencing.exceptions import Unresolvable
+
+        try:
+            error = best_match(self._validator.iter_errors(value))
+        except Unresolvable:
+            raise RequestError(
+                "response_format: the schema refers to something outside itself", param="response_format"
+            ) from None
+        except RecursionError:
+            raise _too_deep() from None
+        if error is None:
+            return None
+        return f"at {error.json_path} ({error.validator})", f"At {error.json_path}: {error.message}"[:_SHOWN_CHARACTERS]
+
+    def asked(self, request: ChatRequest) -> ChatRequest:
+        """The request with the shape told in the conversation, for a worker whose API does not know of it."""
+        if self.schema is None:
+            told = "Answer with one JSON object and nothing else."
+        else:
+            schema = orjson.dumps(dict(self.schema)).decode()
+            told = f"Answer with JSON that satisfies this schema, and nothing else:\n{schema}"
+        own = 0
+        while own < len(request.messages) and request.messages[own].role in ("system", "developer"):
+            own += 1
+        messages = (*request.messages[:own], Message("system", told), *request.messages[own:])
+        return request.with_(messages=messages, response_format=None)
+
+
+def _too_deep() -> RequestError:
+    return RequestError(
+        "response_format: the schema, or what it leads to, is nested too deeply", param="response_format"
+    )
+
+
+def shape_of(request: ChatRequest) -> Shape | None:
+    """What the answer must be; None where it may be any text."""
+    wanted = request.response_format
+    return None if wanted is None or wanted.kind == "text" else Shape(wanted)
+
+
+def repaired(request: ChatRequest, reply: ChatReply, wrong: str) -> ChatRequest:
+    """The request that asks the worker to put its answer right."""
+    told = f"{wrong}\nGive the whole answer again as JSON that satisfies the schema, and nothing else."
+    messages = (*request.messages, Message("assistant", reply.text or "…"), Message("user", told))
+    return request.with_(messages=messages)
+
+
+def joined(first: ChatReply, second: ChatReply) -> ChatReply:
+    """The second reply with the cost of both."""
+    costs = (first.cost_usd, second.cost_usd)
+    timing = replace(
+        second.timing,
+        queued_s=first.timing.queued_s + second.timing.queued_s,
+        total_s=first.timing.total_s + second.timing.total_s,
+    )
+    return replace(
+        second,
+        usage=first.usage + second.usage,
+        cost_usd=None if None in costs else sum(cost for cost in costs if cost is not None),
+        attempts=first.attempts + second.attempts,
+        timing=timing,
+    )
