@@ -1,10 +1,13 @@
-"""The head: one bias-free linear map from a hidden state to a logit per worker (TRINITY §3.1), and its
-checkpoint.
+"""The head: one linear map from a hidden state to a logit per worker (TRINITY §3.1), and its checkpoint.
 
-A checkpoint is one safetensors file. Tensors: `head.weight [L(+3), d]`, optional `head.shift [d]` and
-`head.scale [d]` (logits = W · ((h − shift) · scale); identity when absent) and `singular.<matrix>` offsets
-(`orchestrator.singular`). Metadata (`CheckpointInfo`): what the rows mean and what hidden state they were
-trained on, so that a head is never put on another pool, backbone or prompt by mistake.
+    logits = prior + W · φ(z)        z = (h − shift) · scale
+
+φ(z) is z itself, or how near z is to landmarks (`orchestrator.landmarks`).
+
+A checkpoint is one safetensors file. Tensors: `head.weight [L(+3), d or m]`; optional `head.shift [d]`,
+`head.scale [d]` (identity when absent), `head.prior [L(+3)]` (zero when absent), `landmarks.*` (φ(z) = z when absent)
+and `singular.<matrix>` offsets (`orchestrator.singular`). Metadata (`CheckpointInfo`): what the rows mean and what
+hidden state they were trained on, so that a head is never put on another pool, backbone or prompt by mistake.
 """
 
 from __future__ import annotations
@@ -26,11 +29,13 @@ from torch import Tensor
 from actors.errors import CheckpointError
 from orchestrator.choice import ROLES as ROLES
 from orchestrator.choice import pick as pick
+from orchestrator.landmarks import Landmarks
 
 FORMAT = "fugu-router"
 # Version 1 read one layer at one position, under "layer" and "position"; it is still read.
 FORMAT_VERSION = 2
 _METADATA = ("workers", "backbone", "revision", "prompt_format", "roles", "trained")
+_LANDMARKS = ("basis", "centres", "gamma")
 
 Position = Literal["penultimate", "last", "mean", "body"]
 PromptFormat = Literal["chat", "raw"]
@@ -59,7 +64,8 @@ class CheckpointInfo:
     """What a head belongs to.
 
     `workers` names the rows in order. `reads` says what the hidden state is: the concatenation of these reads. `roles`
-    says that three more rows follow, for `ROLES`. `trained` is free: how the head was made and what it measured.
+    says that three more rows follow, for `ROLES`. `max_tokens` is how much of a conversation was read in training
+    (None: not said); no more is read in serving. `trained` is free: how the head was made and what it measured.
     """
 
     workers: tuple[str, ...]
@@ -69,6 +75,7 @@ class CheckpointInfo:
     prompt_format: PromptFormat = "chat"
     roles: bool = False
     trained: Mapping[str, Any] = field(default_factory=dict)
+    max_tokens: int | None = None
 
     @property
     def rows(self) -> int:
@@ -85,19 +92,30 @@ class Checkpoint:
     shift: Tensor | None = None
     scale: Tensor | None = None
     singular: Mapping[str, Tensor] = field(default_factory=dict)
+    prior: Tensor | None = None
+    landmarks: Landmarks | None = None
 
     @property
     def dimension(self) -> int:
-        return int(self.weight.shape[1])
+        """Size d of the hidden states that it reads."""
+        return int((self.weight if self.landmarks is None else self.landmarks.basis).shape[1])
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states `[B, d]` → logits `[B, L(+3)]`, float32, on the hidden states' device."""
+    def standardised(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[B, d]` → z `[B, d]`, float32, on the same device."""
         hidden = hidden.float()
         if self.shift is not None:
             hidden = hidden - self.shift.to(hidden.device)
-        if self.scale is not None:
-            hidden = hidden * self.scale.to(hidden.device)
-        return hidden @ self.weight.to(hidden.device).T
+        return hidden if self.scale is None else hidden * self.scale.to(hidden.device)
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[B, d]` → what the weights multiply, φ(z) `[B, d or m]`, float32, on the same device."""
+        standardised = self.standardised(hidden)
+        return standardised if self.landmarks is None else self.landmarks.features(standardised)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[B, d]` → logits `[B, L(+3)]`, float32, on the hidden states' device."""
+        logits = self.features(hidden) @ self.weight.to(hidden.device).T
+        return logits if self.prior is None else logits + self.prior.to(hidden.device)
 
 
 def masked_softmax(logits: Tensor, allowed: Tensor) -> Tensor:
@@ -131,6 +149,10 @@ def save_checkpoint(path: Path | str, checkpoint: Checkpoint) -> None:
         tensors["head.shift"] = checkpoint.shift
     if checkpoint.scale is not None:
         tensors["head.scale"] = checkpoint.scale
+    if checkpoint.prior is not None:
+        tensors["head.prior"] = checkpoint.prior
+    if checkpoint.landmarks is not None:
+        tensors |= {f"landmarks.{part}": getattr(checkpoint.landmarks, part) for part in _LANDMARKS}
     tensors |= {f"singular.{name}": offsets for name, offsets in checkpoint.singular.items()}
     metadata = {
         "format": FORMAT,
@@ -141,6 +163,7 @@ def save_checkpoint(path: Path | str, checkpoint: Checkpoint) -> None:
         "reads": json.dumps(info.reads),
         "prompt_format": info.prompt_format,
         "roles": json.dumps(info.roles),
+        "max_tokens": json.dumps(info.max_tokens),
         "trained": json.dumps(info.trained, sort_keys=True, allow_nan=False),
     }
     data = save({name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
@@ -181,7 +204,12 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
     singular = {
         name.removeprefix("singular."): tensor for name, tensor in tensors.items() if name.startswith("singular.")
     }
-    known = {"head.weight", "head.shift", "head.scale"} | {f"singular.{name}" for name in singular}
+    known = {"head.weight", "head.shift", "head.scale", "head.prior"} | {f"singular.{name}" for name in singular}
+    parts = [f"landmarks.{part}" for part in _LANDMARKS]
+    found = [part for part in parts if part in tensors]
+    if found and len(found) < len(parts):
+        raise CheckpointError(f"checkpoint {path} has only {', '.join(found)} of {', '.join(parts)}")
+    known |= set(found)
     if unknown := sorted(set(tensors) - known):
         raise CheckpointError(f"checkpoint {path} has unknown tensors: {', '.join(unknown)}")
     checkpoint = Checkpoint(
@@ -190,6 +218,8 @@ def load_checkpoint(path: Path | str) -> Checkpoint:
         shift=tensors["head.shift"].float() if "head.shift" in tensors else None,
         scale=tensors["head.scale"].float() if "head.scale" in tensors else None,
         singular={name: tensor.float() for name, tensor in singular.items()},
+        prior=tensors["head.prior"].float() if "head.prior" in tensors else None,
+        landmarks=Landmarks(*(tensors[part].float() for part in found)) if found else None,
     )
     _check_tensors(checkpoint, str(path))
     return checkpoint
@@ -252,6 +282,9 @@ def _read_info(metadata: Mapping[str, str], where: str) -> CheckpointInfo:
         found = metadata["prompt_format"]
         raise CheckpointError(f"{where}: metadata prompt_format is {found!r}, not one of {PROMPT_FORMATS}")
     reads = [[parsed("layer", int), metadata["position"]]] if version == "1" else parsed("reads", list)
+    limit = parsed("max_tokens", int) if metadata.get("max_tokens", "null") != "null" else None
+    if limit is not None and limit < 1:
+        raise CheckpointError(f"{where}: metadata max_tokens is {limit}; it must be at least 1")
     return CheckpointInfo(
         workers=tuple(workers),
         backbone=metadata["backbone"],
@@ -260,6 +293,7 @@ def _read_info(metadata: Mapping[str, str], where: str) -> CheckpointInfo:
         prompt_format=metadata["prompt_format"],  # type: ignore[arg-type]  # checked above
         roles=parsed("roles", bool),
         trained=parsed("trained", dict),
+        max_tokens=limit,
     )
 
 
@@ -287,6 +321,14 @@ def _check_tensors(checkpoint: Checkpoint, where: str) -> None:
             f"{len(info.workers)} workers{' and 3 roles' if info.roles else ''} need [{info.rows}, d]"
         )
     tensors = {"head.weight": weight}
+    if checkpoint.prior is not None:
+        if checkpoint.prior.shape != (info.rows,):
+            raise CheckpointError(f"{where}: head.prior has shape {list(checkpoint.prior.shape)}, not [{info.rows}]")
+        tensors["head.prior"] = checkpoint.prior
+    if (landmarks := checkpoint.landmarks) is not None:
+        if fault := landmarks.fault(weight.shape[1]):
+            raise CheckpointError(f"{where}: {fault}")
+        tensors |= {f"landmarks.{part}": getattr(landmarks, part) for part in _LANDMARKS}
     for name, vector in (("head.shift", checkpoint.shift), ("head.scale", checkpoint.scale)):
         if vector is None:
             continue

@@ -79,7 +79,8 @@ class Router:
             raise CheckpointError(f"the head reads {wanted}, the backbone gives {given}")
         self.backbone = backbone
         self.checkpoint = checkpoint
-        self.max_tokens = max_tokens
+        # What a head never read in training it cannot use; means over more tokens would even mislead it.
+        self.max_tokens = max_tokens if info.max_tokens is None else max(MIN_TOKENS, min(max_tokens, info.max_tokens))
         self._rng = random.Random() if rng is None else rng
         self._clock = clock
 

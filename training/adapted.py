@@ -92,4 +92,4 @@ class AdaptedPlayer(RecordedPlayer):
         return self._played(theta[None], features, self._held_table, self._draws if self._sampled else None)
 
     def _features_of(self, theta: Vector, prompts: Sequence[Sequence[int]]) -> Vector:
-        return self._policy.standardised(self._backbone.hidden(self._policy, theta, prompts))
+        return self._policy.features(self._backbone.hidden(self._policy, theta, prompts))

@@ -5,7 +5,7 @@ on; then all workers' rows are polished together for a moment. Needs no Ray, no 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +18,16 @@ from actors.errors import CheckpointError, ConfigError, DataError
 from actors.model_files import resolve_model
 from orchestrator.backbone import Device
 from orchestrator.head import Checkpoint, load_checkpoint, save_checkpoint
-from training.features import task_states
+from training.features import read_limit, task_states
+from training.fit import Candidate, Kind, fit, space_of
 from training.outcomes import Outcomes, read_outcomes
-from training.sft import SftSettings, kl_loss, reached, soft_targets, train
+from training.sft import change, reached
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-DEFAULT_MAX_TOKENS = 1024
-# The polish takes steps of this part of the first fit's size: it settles, it does not learn anew.
-_POLISH = 0.1
+# Of heads that do not say how they were trained.
+_TAU, _DECAY, _GAMMA = 0.5, 0.3, 4.0
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class AddWorkerRun:
 
     `outcomes` is a folder where `worker` has outcomes on a sample of the tasks, next to the other workers';
     `checkpoint` a head without it. Tasks of `split` are learned from (at most `tasks` of those that the newcomer has,
-    none: all), those of `val_split` measure. `tau`, `weight_decay` and `epochs` none: as the head was trained.
-    `retrain` measures a full training on the same data, too.
+    none: all), those of `val_split` measure. `tau` and `decay` none: as the head was trained. `polish` is how many
+    steps all rows take together at the end. `retrain` measures a full training on the same data, too.
     """
 
     worker: str
@@ -48,10 +48,8 @@ class AddWorkerRun:
     val_split: str = "val"
     tasks: int | None = None
     tau: float | None = None
-    weight_decay: float | None = None
-    epochs: int | None = None
-    polish: int = 30
-    learning_rate: float = 0.01
+    decay: float | None = None
+    polish: int = 5
     retrain: bool = True
     seed: int = 0
     backbone: str | None = None
@@ -114,7 +112,7 @@ def run(settings: AddWorkerRun) -> AddWorkerReport:
         ConfigError: settings out of range, or a backbone that is not there.
     """
     head = load_checkpoint(settings.checkpoint)
-    fit = _settings(settings, head)
+    candidate = _candidate(settings, head)
     workers = (*head.info.workers, settings.worker)
     learned, scores, held, held_scores = _tables(settings, head, workers)
     files = resolve_model(settings.backbone or head.info.backbone, revision=head.info.revision)
@@ -123,7 +121,7 @@ def run(settings: AddWorkerRun) -> AddWorkerReport:
         head.info,
         files.folder,
         singular=head.singular,
-        max_tokens=settings.max_tokens or int(head.info.trained.get("read_tokens", DEFAULT_MAX_TOKENS)),
+        max_tokens=read_limit(head.info, settings.max_tokens),
         device=settings.device,
         cache=settings.cache,
         progress=settings.progress,
@@ -132,19 +130,16 @@ def run(settings: AddWorkerRun) -> AddWorkerReport:
     count = len(head.info.workers)
 
     began = time.perf_counter()
-    with_row = widened(head, settings.worker, torch.zeros(1, head.dimension))
-    inputs = _standardised(head, hidden)
     new = ~scores[:, count].isnan()
-    row = fitted(with_row.weight[: count + 1], inputs[new], scores[new], fit, rows=slice(count, count + 1))
-    with_row = _replaced(with_row, row)
-    polished = replace(fit, epochs=settings.polish, learning_rate=fit.learning_rate * _POLISH)
-    after = _replaced(with_row, fitted(row, inputs, scores, polished, rows=slice(0, count + 1)))
+    with_row = widened(head, settings.worker, usual(head, scores, candidate.tau))
+    with_row = improved(with_row, hidden[new], scores[new], candidate, rows=slice(count, count + 1))
+    after = improved(with_row, hidden, scores, candidate, rows=slice(0, count + 1), steps=settings.polish)
     seconds = time.perf_counter() - began
 
     retrained = retrain_seconds = None
     if settings.retrain:
         began = time.perf_counter()
-        anew = train(hidden, scores, fit)
+        anew, _ = fit(hidden, scores, with_row.info, candidate, _kind(head, settings.seed))
         retrain_seconds = time.perf_counter() - began
         retrained = float(reached(anew.logits(held_hidden), held_scores).mean())
     singles = held_scores.mean(0)
@@ -169,40 +164,65 @@ def run(settings: AddWorkerRun) -> AddWorkerReport:
     return report
 
 
-def widened(head: Checkpoint, worker: str, row: Tensor) -> Checkpoint:
-    """The head with one more worker, whose row `[1, d]` follows the others' (and comes before the roles)."""
+def usual(head: Checkpoint, scores: Tensor, tau: float) -> float | None:
+    """The newcomer's prior: the others' mean and, in units of logits, how much better it is than they are on the tasks
+    `[N, L + 1]` where it was tried (None: the head has no prior)."""
+    if head.prior is None:
+        return None
     count = len(head.info.workers)
-    weight = torch.cat([head.weight[:count], row, head.weight[count:]])
-    return replace(head, info=replace(head.info, workers=(*head.info.workers, worker)), weight=weight)
+    better = (scores[:, count] - scores[:, :count].nanmean(1)).nanmean()
+    return float(head.prior[:count].mean() + better / tau)
 
 
-def fitted(weight: Tensor, inputs: Tensor, scores: Tensor, settings: SftSettings, *, rows: slice) -> Tensor:
-    """`weight [L, d]` with some rows fitted to soft targets (`training.sft`), the others as they were. `inputs [N, d]`
-    are standardised. Weights decay towards where they start, so that a polish keeps what the rows know."""
-    targets, known = soft_targets(scores, settings.tau), ~scores.isnan()
-    free = torch.zeros(weight.shape[0], 1)
-    free[rows] = 1.0
-    change = torch.zeros_like(weight, requires_grad=True)
-    optimiser = torch.optim.AdamW([change], lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    for _ in range(settings.epochs):
-        loss = kl_loss(inputs @ (weight + free * change).T, targets, known)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    return weight + free * change.detach()
+def widened(head: Checkpoint, worker: str, prior: float | None) -> Checkpoint:
+    """The head with one more worker, whose row of zeros follows the others' (and comes before the roles)."""
+    count = len(head.info.workers)
+    info = replace(head.info, workers=(*head.info.workers, worker))
+    weight = torch.cat([head.weight[:count], torch.zeros(1, head.weight.shape[1]), head.weight[count:]])
+    if head.prior is None or prior is None:
+        return replace(head, info=info, weight=weight)
+    priors = torch.cat([head.prior[:count], torch.tensor([prior]), head.prior[count:]])
+    return replace(head, info=info, weight=weight, prior=priors)
 
 
-def _settings(settings: AddWorkerRun, head: Checkpoint) -> SftSettings:
+def improved(
+    head: Checkpoint, hidden: Tensor, scores: Tensor, candidate: Candidate, *, rows: slice, steps: int = 100
+) -> Checkpoint:
+    """The head with the rows of some workers fitted to soft targets on hidden states `[N, d]` and scores `[N, L]`, the
+    others as they were."""
+    count, space = len(head.info.workers), space_of(head)
+    logits = head.logits(hidden)[:, :count]
+    found = change(
+        logits, space.inputs(hidden), scores, tau=candidate.tau, decay=candidate.decay, rows=rows, steps=steps
+    )
+    weight = head.weight.clone()
+    weight[:count] += space.weight(found)
+    return replace(head, weight=weight)
+
+
+def _candidate(settings: AddWorkerRun, head: Checkpoint) -> Candidate:
     if settings.worker in head.info.workers:
         raise CheckpointError(f"{settings.checkpoint} has a row for {settings.worker} already")
-    trained = head.info.trained
-    tau = float(trained.get("tau", SftSettings.tau)) if settings.tau is None else settings.tau
-    decay = settings.weight_decay
-    decay = float(trained.get("weight_decay", SftSettings.weight_decay)) if decay is None else decay
-    epochs = int(trained.get("epochs", SftSettings.epochs)) if settings.epochs is None else settings.epochs
-    if not (tau > 0 and decay >= 0 and epochs >= 1 and settings.polish >= 0 and settings.learning_rate > 0):
-        raise ConfigError("tau and learning rate must be positive, weight decay and polish not negative, epochs from 1")
-    return SftSettings(tau, settings.learning_rate, decay, epochs, seed=settings.seed)
+    trained = _sft_notes(head)
+    tau = float(trained.get("tau", _TAU)) if settings.tau is None else settings.tau
+    decay = float(trained.get("decay", _DECAY)) if settings.decay is None else settings.decay
+    if not (tau > 0 and decay > 0 and settings.polish >= 0):
+        raise ConfigError("tau and decay must be positive, and polish not negative")
+    return Candidate(tau, decay, _GAMMA if head.landmarks is None else float(head.landmarks.gamma))
+
+
+def _kind(head: Checkpoint, seed: int) -> Kind:
+    if head.landmarks is None:
+        return Kind("linear", seed=seed)
+    return Kind("landmarks", _sft_notes(head).get("objective", "kl"), head.landmarks.count, seed)
+
+
+def _sft_notes(head: Checkpoint) -> Mapping[str, Any]:
+    """What the head says about its making by SFT; an evolved one says it of its start."""
+    notes = head.info.trained
+    while isinstance(notes.get("start"), Mapping):
+        notes = notes["start"]
+    return notes
 
 
 def _tables(
@@ -240,17 +260,6 @@ def _tables(
         Outcomes(tuple(held.tasks[row] for row in whole), ()),
         torch.from_numpy(held_table[whole]),
     )
-
-
-def _standardised(head: Checkpoint, hidden: Tensor) -> Tensor:
-    hidden = hidden.float()
-    if head.shift is not None:
-        hidden = hidden - head.shift
-    return hidden if head.scale is None else hidden * head.scale
-
-
-def _replaced(head: Checkpoint, rows: Tensor) -> Checkpoint:
-    return replace(head, weight=torch.cat([rows, head.weight[len(rows) :]]))
 
 
 def _trained(settings: AddWorkerRun, head: Checkpoint, report: AddWorkerReport) -> dict[str, Any]:

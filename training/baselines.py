@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from training.landmarks import k_means
 from training.outcomes import Outcome
 from training.sft import kl_loss, soft_targets
 
@@ -54,21 +55,11 @@ def nearest(train: Tensor, train_scores: Matrix, hidden: Tensor, *, neighbours: 
     return _mean_known(train_scores[closest.numpy()], np.nanmean(train_scores, axis=0))
 
 
-def clusters(train: Tensor, train_scores: Matrix, hidden: Tensor, *, seed: int, rounds: int = 25) -> Matrix:
-    """Mean score of each worker in the task's cluster of training tasks (k-means, Lloyd 1982; start by k-means++,
-    Arthur & Vassilvitskii 2007)."""
+def clusters(train: Tensor, train_scores: Matrix, hidden: Tensor, *, seed: int) -> Matrix:
+    """Mean score of each worker in the task's cluster of training tasks (k-means)."""
     train, hidden = standardised(train.float(), hidden.float())
     count = max(1, min(MAX_CLUSTERS, round(math.sqrt(len(train) / 2))))
-    generator = torch.Generator().manual_seed(seed)
-    centres = train[torch.randint(len(train), (1,), generator=generator)]
-    for _ in range(count - 1):
-        far = torch.cdist(train, centres).min(1).values.square() + 1e-12
-        centres = torch.cat([centres, train[torch.multinomial(far, 1, generator=generator)]])
-    for _ in range(rounds):
-        mine = torch.cdist(train, centres).argmin(1)
-        sums = torch.zeros_like(centres).index_add_(0, mine, train)
-        sizes = torch.bincount(mine, minlength=count)[:, None]
-        centres = torch.where(sizes > 0, sums / sizes.clamp(min=1), centres)
+    centres = k_means(train, count, seed=seed, rounds=25)
     labels = torch.cdist(train, centres).argmin(1).numpy()
     overall = np.nanmean(train_scores, axis=0)
     table = np.stack([_mean_known(train_scores[labels == index][None], overall)[0] for index in range(count)])

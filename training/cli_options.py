@@ -32,6 +32,6 @@ Reads = Annotated[
         "--read",
         help="A place of the backbone to read; several are joined.",
         metavar="POSITION[@LAYER]",
-        show_default="penultimate",
+        show_default="the middle layer's body; from zeros the last layer's penultimate",
     ),
 ]

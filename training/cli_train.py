@@ -28,7 +28,7 @@ train = typer.Typer(help="Train a router.", no_args_is_help=True, rich_markup_mo
 @train.command(
     epilog="Examples:  [bold]fugu train sft --outcomes outcomes/ --out router.safetensors[/]   ·   "
     "[bold]fugu train sft --outcomes outcomes/ --workers a,b,c --out router.safetensors --tau 0.25 "
-    "--weight-decay 3[/]"
+    "--decay 0.3[/]"
 )
 def sft(
     outcomes: Outcomes,
@@ -41,19 +41,26 @@ def sft(
     ),
     read: Reads = [],  # noqa: B006 - typer wants a list, nobody changes it
     prompt_format: Annotated[PromptFormat, typer.Option(help="How a task is put to the backbone.")] = "chat",
-    read_tokens: Annotated[int, typer.Option(min=32, help="How much of a task is read.")] = 1024,
+    read_tokens: Annotated[int, typer.Option(min=32, help="How much of a task is read.")] = 256,
+    head: Annotated[
+        Literal["landmarks", "linear"], typer.Option(help="What weights multiply: nearness to tasks, or hidden states.")
+    ] = "landmarks",
+    landmarks: Annotated[int, typer.Option(min=1, help="At most so many; few tasks get fewer.")] = 512,
+    objective: Annotated[
+        Literal["kl", "squares"], typer.Option(help="KL to soft targets, or squared errors of scores.")
+    ] = "kl",
     tau: Annotated[
         list[float] | None,
-        typer.Option(
-            help="Softness of the targets; of several the best in cross-validation.", show_default="0.1 0.25 0.5"
-        ),
+        typer.Option(help="Softness of the targets; of several the best in cross-validation.", show_default="0.5"),
     ] = None,
-    weight_decay: Annotated[
+    decay: Annotated[
         list[float] | None,
-        typer.Option(help="Shrinks the head; of several the best in cross-validation.", show_default="0.3 1 3 10"),
+        typer.Option(help="Shrinks the head; of several the best in cross-validation.", show_default="0.3 1"),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1)] = 150,
-    learning_rate: Annotated[float, typer.Option(min=0)] = 0.01,
+    gamma: Annotated[
+        list[float] | None,
+        typer.Option(help="How near a landmark has to be to matter; of several the best.", show_default="1 4"),
+    ] = None,
     folds: Annotated[int, typer.Option(min=2, help="Of the cross-validation.")] = 5,
     device: Annotated[Device, typer.Option(help="Where the backbone runs.")] = "auto",
     json: Json = None,
@@ -64,7 +71,8 @@ def sft(
         check_json(json)
         from training import train_sft as room
 
-        given: dict[str, Any] = {"taus": tuple(tau or ()), "decays": tuple(weight_decay or ()), "reads": reads(read)}
+        given: dict[str, Any] = {"taus": tuple(tau or ()), "decays": tuple(decay or ())}
+        given |= {"gammas": tuple(gamma or ()), "reads": reads(read)}
         settings = room.SftRun(
             outcomes,
             out,
@@ -74,8 +82,9 @@ def sft(
             backbone=backbone,
             prompt_format=prompt_format,
             max_tokens=read_tokens,
-            epochs=epochs,
-            learning_rate=learning_rate,
+            head=head,
+            objective=objective,
+            landmarks=landmarks,
             folds=folds,
             device=device,
             progress=not quiet,
@@ -160,7 +169,9 @@ def evolve(
     ] = None,
     read: Reads = [],  # noqa: B006 - typer wants a list, nobody changes it
     prompt_format: Annotated[PromptFormat, typer.Option(help="For a start from zeros.")] = "chat",
-    read_tokens: Annotated[int, typer.Option(min=32, help="How much of a task is read.")] = 1024,
+    read_tokens: Annotated[
+        int | None, typer.Option(min=32, help="How much of a task is read.", show_default="the checkpoint's, or 1024")
+    ] = None,
     device: Annotated[Device, typer.Option(help="Where the backbone runs.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the last generation that was kept.")] = False,
     address: Address = None,
@@ -231,9 +242,8 @@ def add_worker(
         int | None, typer.Option(min=1, help="Learn from so many of its tasks.", show_default="all")
     ] = None,
     tau: Annotated[float | None, typer.Option(help="Softness of the targets.", show_default="the head's")] = None,
-    weight_decay: Annotated[float | None, typer.Option(min=0, show_default="the head's")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="For its row.", show_default="the head's")] = None,
-    polish: Annotated[int, typer.Option(min=0, help="Epochs for all rows together, at the end.")] = 30,
+    decay: Annotated[float | None, typer.Option(min=0, help="Shrinks its row.", show_default="the head's")] = None,
+    polish: Annotated[int, typer.Option(min=0, help="Steps for all rows together, at the end.")] = 5,
     retrain: Annotated[bool, typer.Option("--retrain/--no-retrain", help="Compare with training all anew.")] = True,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     backbone: Annotated[str | None, typer.Option(help="What reads the tasks.", show_default="the checkpoint's")] = None,
@@ -255,8 +265,7 @@ def add_worker(
             val_split,
             tasks,
             tau,
-            weight_decay,
-            epochs,
+            decay,
             polish,
             retrain=retrain,
             seed=seed,

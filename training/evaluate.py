@@ -18,7 +18,7 @@ from orchestrator.backbone import Device
 from orchestrator.head import Checkpoint, check_fits, load_checkpoint
 from training import baselines
 from training.baselines import Matrix
-from training.features import task_states
+from training.features import read_limit, task_states
 from training.measured import Measured, measured
 from training.outcomes import Outcomes
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Kind = Literal["worker", "head", "baseline", "bound"]
-DEFAULT_MAX_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ class EvalRun:
 
     `outcomes` is a folder of recorded outcomes, `split` the tasks to measure on, `train_split` those that the baselines
     learn from (where the folder has them). `workers` none: those of the checkpoint, else all. `out` is a folder for
-    `eval.json` and the plots, `json` one more file for the same JSON. `min_gain` makes the run a gate: `passed` says
+    `eval.json` and the plots. `min_gain` makes the run a gate: `passed` says
     whether every head gains at least so much over the best single worker. `backbone` none: what
     the checkpoints name; `max_tokens` none: as each head was trained.
     """
@@ -67,7 +66,6 @@ class EvalRun:
     split: str = "test"
     train_split: str = "train"
     out: Path | None = None
-    json: Path | None = None
     seed: int = 0
     min_gain: float | None = None
     backbone: str | None = None
@@ -175,7 +173,7 @@ class EvalReport:
 
 
 def run(settings: EvalRun) -> EvalReport:
-    """Measure, write `settings.json` and the files of `settings.out`, and report.
+    """Measure, write the files of `settings.out`, and report.
 
     Raises:
         DataError: outcomes that cannot be used, an unknown split or worker; names file and row or worker.
@@ -322,14 +320,13 @@ def _consistency(data: Measured, best: int, rows: _Rows, left_out: dict[str, str
 
 
 def _states(settings: EvalRun, head: Checkpoint, part: Outcomes) -> torch.Tensor:
-    recorded = head.info.trained.get("read_tokens", DEFAULT_MAX_TOKENS)
     folder = resolve_model(settings.backbone or head.info.backbone, revision=head.info.revision).folder
     return task_states(
         part.tasks,
         head.info,
         folder,
         singular=head.singular,
-        max_tokens=settings.max_tokens or int(recorded),
+        max_tokens=read_limit(head.info, settings.max_tokens),
         device=settings.device,
         cache=settings.cache,
         progress=settings.progress,
@@ -341,15 +338,11 @@ def _no_train(settings: EvalRun) -> str:
 
 
 def _write(settings: EvalRun, report: EvalReport) -> None:
-    text = json.dumps(report.json(), indent=2, allow_nan=False) + "\n"
-    targets = [settings.json] if settings.json else []
-    if settings.out is not None:
-        targets.append(settings.out / "eval.json")
-    for path in targets:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    if settings.out is not None:
-        _draw(settings.out, report)
+    if settings.out is None:
+        return
+    settings.out.mkdir(parents=True, exist_ok=True)
+    (settings.out / "eval.json").write_text(json.dumps(report.json(), indent=2, allow_nan=False) + "\n")
+    _draw(settings.out, report)
 
 
 def _draw(folder: Path, report: EvalReport) -> None:

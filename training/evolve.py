@@ -23,6 +23,7 @@ from orchestrator.head import Checkpoint, load_checkpoint, save_checkpoint
 from training.adapted import AdaptedBackbone, AdaptedPlayer
 from training.curves import draw_curves, shown
 from training.evolution import Evolution
+from training.features import read_limit
 from training.generations import Course, Found, Player, evolve
 from training.outcomes import Task, read_outcomes
 from training.players import RecordedPlayer, known_results
@@ -37,7 +38,6 @@ __all__ = ["EvolveReport", "EvolveRun", "Reading", "run"]
 
 # TRINITY §A: episodes per candidate and generation.
 LIVE_SIZE = 16
-VALIDATION_TASKS = 300
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,10 @@ def prepared(settings: EvolveRun) -> Iterator[tuple[Policy, Player, dict[str, An
         held, held_table = type(held)(tuple(held.tasks[row] for row in rows), held.outcomes), held_table.part(rows)
     info = reading_of(settings, start.info if start is not None else None, workers)
     hidden, held_hidden = read(info, settings, (train.tasks, held.tasks), start.singular if start is not None else {})
-    base = from_zeros(info, hidden) if start is None else from_checkpoint(start, hidden, workers=workers, roles=False)
+    if start is None:
+        base = from_zeros(info, hidden)
+    else:
+        base = from_checkpoint(start, hidden, workers=workers, roles=False, where=str(settings.checkpoint))
     policy, player = _player(settings, base, (train.tasks, hidden, train_table), (held.tasks, held_hidden, held_table))
     yield policy, player, identity_of(settings, policy, train.tasks, held.tasks, train_table.scores, held_table.scores)
 
@@ -201,7 +204,7 @@ def _player(
     running = Backbone.load(folder, reads=info.reads, device=device, singular=base.singular or None)
     adapted = AdaptedBackbone(stored, running, settings.singular)
     policy = Policy(base, tuple(adapted.sizes.items()))
-    max_tokens = settings.reading.max_tokens
+    max_tokens = read_limit(info, settings.reading.max_tokens)
     return policy, AdaptedPlayer(policy, adapted, train, held, max_tokens=max_tokens, choose=settings.choose, seed=seed)
 
 

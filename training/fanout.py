@@ -58,7 +58,7 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What every lane needs. `workers` are the rows of the heads, `shift` and `scale` `[d]` their standardisation.
+    """What every lane needs. `workers` are the first rows of the heads, `prior` `[rows]` is added to what they say.
     `connect` gives the workers, in the lane's process; `digests` tell a worker from another configuration of the same
     name; `states` is a `training.states.StatesActor` (None where `by_worker`: then nobody decides)."""
 
@@ -67,8 +67,7 @@ class Context:
     connect: Callable[[], Mapping[str, Worker]]
     digests: Mapping[str, str]
     states: Any = None
-    shift: Vector | None = None
-    scale: Vector | None = None
+    prior: Vector | None = None
     reward: str | None = None
     by_worker: bool = False
 
@@ -265,7 +264,9 @@ class _Lane:
             else:
                 assert self._heads is not None
                 assert self._reader is not None
-                decide = decider(self._heads[who], context.workers, self._reader, group.uniforms, context.settings)
+                decide = decider(
+                    self._heads[who], context.workers, self._reader, group.uniforms, context.settings, context.prior
+                )
             episode = await play_session(
                 group.task,
                 group.sample,
@@ -297,7 +298,7 @@ def _always(choice: Choice) -> Any:
 
 
 class _Reader:
-    """Standardised features of transcripts. Each is asked for once per lane; those asked for at nearly the same time
+    """Features of transcripts. Each is asked for once per lane; those asked for at nearly the same time
     travel together."""
 
     def __init__(self, context: Context) -> None:
@@ -318,19 +319,13 @@ class _Reader:
         await asyncio.sleep(_GATHER)
         waiting, self._waiting, self._sender = self._waiting, [], None
         try:
-            states = self._standardised(await self._context.states.states.remote(waiting))
+            states = (await self._context.states.states.remote(waiting)).astype(np.float64)
         except Exception as error:
             for transcript in waiting:
                 self._known.pop(transcript).set_exception(error)
             return
         for transcript, state in zip(waiting, states, strict=True):
             self._known[transcript].set_result(state)
-
-    def _standardised(self, states: NDArray[np.float32]) -> Vector:
-        features = states.astype(np.float64)
-        if self._context.shift is not None:
-            features = features - self._context.shift
-        return features if self._context.scale is None else features * self._context.scale
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sqlite3
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.errors import ConfigError
 from actors.messages import Message
 from actors.model_files import cache_dir
 from orchestrator.backbone import Backbone, Device
-from orchestrator.head import CheckpointInfo, PromptFormat
+from orchestrator.head import CheckpointInfo, PromptFormat, Read
 from orchestrator.prompt import encode
 from training.outcomes import Task
+
+# Of heads that do not say how much was read when they were trained.
+_MAX_TOKENS = 1024
 
 
 def features(
@@ -73,6 +78,29 @@ def features(
     return found
 
 
+def middle_read(folder: Path) -> Read:
+    """The read that serves routing best on the embedded backbone, layer 16 of its 30, and its like in others: states
+    in the middle of a language model still tell what a text is about, later ones only what comes next.
+
+    Raises:
+        ConfigError: the folder's configuration does not say how many layers the model has.
+    """
+    where = folder / "config.json"
+    try:
+        layers = int(json.loads(where.read_text())["num_hidden_layers"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{where} does not say how many layers the backbone has; name a read of it") from error
+    return Read(max(1, round(layers * 16 / 30)), "body")
+
+
+def read_limit(info: CheckpointInfo, asked: int | None = None) -> int:
+    """How much of a task is read for a head, in tokens: what is asked for, but no more than the router reads for a head
+    that says how much it was trained on."""
+    if info.max_tokens is not None:
+        return info.max_tokens if asked is None else min(asked, info.max_tokens)
+    return asked or int(info.trained.get("read_tokens", _MAX_TOKENS))
+
+
 def _compute(
     backbone: Backbone,
     prompts: Sequence[Sequence[int]],
@@ -110,12 +138,13 @@ def task_states(
         ConfigError: the backbone lacks a layer.
         CheckpointError: the singular-value offsets do not fit it.
     """
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     backbone = Backbone.load(folder, reads=info.reads, device=device, singular=singular or None)
     scales = hashlib.sha256(b"".join(name.encode() + singular[name].numpy().tobytes() for name in sorted(singular)))
     columns = (TextColumn("reading the tasks"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not progress) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
         row = bar.add_task("read", total=len(tasks))
         return features(
             backbone,

@@ -21,6 +21,7 @@ from actors.pool import WorkerPool
 from orchestrator.head import Checkpoint
 from training.calls import CallStore, Key
 from training.fanout import Connect, Context, FanOut, Group, cluster_lanes, reward_function
+from training.features import read_limit
 from training.generations import BudgetReachedError, Spent
 from training.grading import check_task
 from training.label import chosen, connected
@@ -57,8 +58,8 @@ class LivePlayer:
         store: CallStore,
     ) -> None:
         self._policy = policy
-        self._train, self._features = train[0], policy.standardised(train[1])
-        self._held, self._held_features = validation[0], policy.standardised(validation[1])
+        self._train, self._features = train[0], policy.features(train[1])
+        self._held, self._held_features = validation[0], policy.features(validation[1])
         self._settings = settings
         self._fan_out = fan_out
         self._store = store
@@ -162,7 +163,10 @@ def live(settings: EvolveRun, start: Checkpoint | None) -> Iterator[tuple[Policy
     info = reading_of(settings, start.info if start is not None else None, names)
     singular = start.singular if start is not None else {}
     hidden, held_hidden = read(info, settings, (train, held), singular)
-    base = from_zeros(info, hidden) if start is None else from_checkpoint(start, hidden, workers=names, roles=roles)
+    if start is None:
+        base = from_zeros(info, hidden)
+    else:
+        base = from_checkpoint(start, hidden, workers=names, roles=roles, where=str(settings.checkpoint))
     policy = Policy(base)
     session = SessionSettings(
         settings.mode,
@@ -195,8 +199,7 @@ def live(settings: EvolveRun, start: Checkpoint | None) -> Iterator[tuple[Policy
                 Connect(everyone),
                 digests,
                 states,
-                _double(base.shift),
-                _double(base.scale),
+                None if base.prior is None else base.prior.double().numpy(),
                 settings.reward,
                 by_worker=not roles,
             )
@@ -261,17 +264,12 @@ def _states_actor(settings: EvolveRun, base: Checkpoint, info: Any) -> Any:
     actor: Any = StatesActor
     return actor.options(num_gpus=gpu).remote(
         str(backbone_files(info, settings.reading).folder),
-        info,
-        dict(base.singular),
-        settings.reading.max_tokens,
+        base,
+        read_limit(info, settings.reading.max_tokens),
         settings.reading.device,
         cache_dir() / "features.sqlite",
         revision,
     )
-
-
-def _double(values: Tensor | None) -> Vector | None:
-    return None if values is None else values.double().numpy()
 
 
 def _digest(spec: Any) -> str:

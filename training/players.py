@@ -72,8 +72,8 @@ class RecordedPlayer:
         seed: int = 42,
     ) -> None:
         self._policy = policy
-        self._features, self._table = policy.standardised(train[0]), train[1]
-        self._held, self._held_table = policy.standardised(validation[0]), validation[1]
+        self._features, self._table = policy.features(train[0]), train[1]
+        self._held, self._held_table = policy.features(validation[0]), validation[1]
         self._sampled = choose == "sample"
         self._draws = np.random.default_rng([seed, _VALIDATION]).random(len(self._held))
 

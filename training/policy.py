@@ -1,7 +1,8 @@
 """A router as one flat vector θ, which evolution searches: [singular-value offsets | head weights] (TRINITY §3).
 
-The head's numbers multiply standardised features (h − shift) · scale, so that one step size σ means the same for every
-number, whatever the backbone: with σ0 = 0.03 and d = 576 the logits of a fresh candidate differ by about 0.7.
+The head's numbers multiply standardised features (h − shift) · scale, or nearness to landmarks, so that one step size σ
+means the same for every number, whatever the backbone: with σ0 = 0.03 and d = 576 the logits of a fresh candidate
+differ by about 0.7. A prior stays as it is: what is decided far from every training task is not for a search on them.
 """
 
 from __future__ import annotations
@@ -64,21 +65,17 @@ class Policy:
             begin += size
         return found
 
-    def standardised(self, hidden: Tensor | NDArray[np.float32]) -> Vector:
-        """Hidden states `[N, d]` → the features that the head multiplies, float64."""
-        features = torch.as_tensor(hidden).double()
-        if self.base.shift is not None:
-            features = features - self.base.shift.double()
-        if self.base.scale is not None:
-            features = features * self.base.scale.double()
-        return features.numpy()
+    def features(self, hidden: Tensor | NDArray[np.float32]) -> Vector:
+        """Hidden states `[N, d]` → what the head's numbers multiply, float64."""
+        return np.asarray(self.base.features(torch.as_tensor(hidden)).double().numpy())
 
     def logits(self, thetas: Vector, features: Vector) -> Vector:
-        """A whole population at once: θs `[K, n]` on standardised features `[N, d]` → `[K, N, rows]`."""
+        """A whole population at once: θs `[K, n]` on features `[N, d or m]` → `[K, N, rows]`."""
         heads = self.heads(thetas)
         # One matrix product; np.einsum("krd,nd->knr") is the same and slower.
         flat = features @ heads.reshape(-1, heads.shape[-1]).T
-        return np.ascontiguousarray(flat.reshape(len(features), len(thetas), -1).transpose(1, 0, 2))
+        logits = np.ascontiguousarray(flat.reshape(len(features), len(thetas), -1).transpose(1, 0, 2))
+        return logits if self.base.prior is None else logits + self.base.prior.double().numpy()
 
     def checkpoint(self, theta: Vector, trained: Mapping[str, Any]) -> Checkpoint:
         """The checkpoint of one θ `[n]`."""
@@ -110,7 +107,9 @@ def from_zeros(info: CheckpointInfo, hidden: Tensor) -> Checkpoint:
     )
 
 
-def from_checkpoint(start: Checkpoint, hidden: Tensor, *, workers: Sequence[str], roles: bool) -> Checkpoint:
+def from_checkpoint(
+    start: Checkpoint, hidden: Tensor, *, workers: Sequence[str], roles: bool, where: str = "the start"
+) -> Checkpoint:
     """A checkpoint as a start, its rows in the order of `workers`. The same decisions come out of it.
 
     Weights on raw hidden states are put on ones of unit mean square: without a bias a shift could not be taken back.
@@ -122,23 +121,28 @@ def from_checkpoint(start: Checkpoint, hidden: Tensor, *, workers: Sequence[str]
     info = start.info
     if set(workers) != set(info.workers):
         raise CheckpointError(
-            f"the start was trained for the workers {', '.join(info.workers)}; these are {', '.join(workers)}"
+            f"{where} was trained for the workers {', '.join(info.workers)}; these are {', '.join(workers)}"
         )
     if start.dimension != hidden.shape[1]:
-        raise CheckpointError(f"the start reads hidden states of size {start.dimension}, these have {hidden.shape[1]}")
+        raise CheckpointError(f"{where} reads hidden states of size {start.dimension}, these have {hidden.shape[1]}")
     if info.roles and not roles:
-        raise CheckpointError("the start has roles; evolve it on sessions with roles (fugu-trinity)")
+        raise CheckpointError(f"{where} has roles; evolve it on sessions with roles (fugu-trinity)")
     rows = [info.workers.index(name) for name in workers]
     weight = start.weight[[*rows, *range(len(rows), info.rows)]]
     if roles and not info.roles:
-        weight = torch.cat([weight, torch.zeros(len(ROLES), start.dimension)])
+        weight = torch.cat([weight, torch.zeros(len(ROLES), weight.shape[1])])
+    prior = start.prior
+    if prior is not None:
+        prior = prior[[*rows, *range(len(rows), info.rows)]]
+        prior = torch.cat([prior, torch.zeros(len(weight) - len(prior))])
     scale = start.scale
-    if start.scale is None:
+    if start.scale is None and start.landmarks is None:
         centred = hidden.float() if start.shift is None else hidden.float() - start.shift
         scale = _inverse(centred.square().mean(0).sqrt())
         # A dimension that is always zero stays out of the search, and out of the head.
         weight = torch.where(scale > 0, weight / torch.where(scale > 0, scale, 1.0), 0.0)
-    return replace(start, info=replace(info, workers=tuple(workers), roles=roles), weight=weight, scale=scale)
+    info = replace(info, workers=tuple(workers), roles=roles)
+    return replace(start, info=info, weight=weight, scale=scale, prior=prior)
 
 
 def _inverse(spread: Tensor) -> Tensor:

@@ -193,16 +193,23 @@ States = Callable[[tuple[Message, ...]], Awaitable[Vector]]
 
 
 def decider(
-    head: Vector, workers: Sequence[str], states: States, uniforms: Vector, settings: SessionSettings
+    head: Vector,
+    workers: Sequence[str],
+    states: States,
+    uniforms: Vector,
+    settings: SessionSettings,
+    prior: Vector | None = None,
 ) -> coordinator.Decide:
-    """The decisions of one candidate in one session: its head `[rows, d]` on the transcript's standardised features
-    `[d]`, turn t with the draws `uniforms[t]`."""
+    """The decisions of one candidate in one session: its head `[rows, m]` on the transcript's features `[m]` plus
+    `prior [rows]`, turn t with the draws `uniforms[t]`."""
     turn = 0
     sampled = settings.choose == "sample"
 
     async def decide(transcript: tuple[Message, ...]) -> Choice:
         nonlocal turn
         logits = head @ await states(transcript)
+        if prior is not None:
+            logits = logits + prior
         drawn = uniforms[min(turn, len(uniforms) - 1)]
         turn += 1
         worker = pick(_softmax(logits[: len(workers)]), float(drawn[0]) if sampled else None)

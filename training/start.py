@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from actors.model_files import EMBEDDED_ALIAS, ModelFiles, resolve_model
 from orchestrator.backbone import Device
 from orchestrator.head import FINAL, CheckpointInfo, PromptFormat, Read
 from training.evolution import Settings
-from training.features import task_states
+from training.features import read_limit, task_states
 from training.fitness import Worth
 from training.outcomes import Task
 from training.policy import Policy
@@ -27,12 +27,13 @@ from training.rollout import Choose, Mode
 @dataclass(frozen=True)
 class Reading:
     """How tasks are read. `backbone` is a name or folder (None: the start's, or the embedded model). `reads` and
-    `prompt_format` are for a start from zeros; a checkpoint brings its own."""
+    `prompt_format` are for a start from zeros; a checkpoint brings its own, and `max_tokens` (none: 1024) cannot be
+    more than it was trained on."""
 
     backbone: str | None = None
     reads: tuple[Read, ...] = FINAL
     prompt_format: PromptFormat = "chat"
-    max_tokens: int = 1024
+    max_tokens: int | None = None
     device: Device = "auto"
 
 
@@ -104,7 +105,8 @@ def reading_of(settings: EvolveRun, info: CheckpointInfo | None, workers: tuple[
     reading = settings.reading
     files = resolve_model(reading.backbone or EMBEDDED_ALIAS)
     roles = settings.mode == "fugu-trinity"
-    return CheckpointInfo(tuple(workers), files.id, files.revision, reading.reads, reading.prompt_format, roles)
+    info = CheckpointInfo(tuple(workers), files.id, files.revision, reading.reads, reading.prompt_format, roles)
+    return replace(info, max_tokens=read_limit(info, reading.max_tokens))
 
 
 def read(
@@ -116,7 +118,7 @@ def read(
         info,
         backbone_files(info, settings.reading).folder,
         singular=singular,
-        max_tokens=settings.reading.max_tokens,
+        max_tokens=read_limit(info, settings.reading.max_tokens),
         device=settings.reading.device,
         progress=settings.progress,
     )

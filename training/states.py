@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import ray
 from numpy.typing import NDArray
-from torch import Tensor
 
 from actors.messages import Message
 from orchestrator.backbone import Backbone, Device
-from orchestrator.head import CheckpointInfo
+from orchestrator.head import Checkpoint
 from training.features import features
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3)
 class StatesActor:
-    """The backbone for all lanes: batches what is asked at the same time and keeps hidden states on disk."""
+    """The backbone for all lanes, with what a head of this kind makes of hidden states: batches what is asked at the
+    same time and keeps hidden states on disk."""
 
     def __init__(
         self,
         folder: str,
-        info: CheckpointInfo,
-        singular: Mapping[str, Tensor],
+        head: Checkpoint,
         max_tokens: int,
         device: Device,
         cache: Path,
         revision: str,
     ) -> None:
-        self._backbone = Backbone.load(folder, reads=info.reads, device=device, singular=singular or None)
-        self._info = info
+        self._backbone = Backbone.load(folder, reads=head.info.reads, device=device, singular=head.singular or None)
+        self._head = head
         self._max_tokens = max_tokens
         self._cache = cache
         self._revision = revision
@@ -40,7 +39,7 @@ class StatesActor:
         self._busy = False
 
     async def states(self, transcripts: Sequence[tuple[Message, ...]]) -> NDArray[np.float32]:
-        """Hidden states `[N, d]`."""
+        """What the weights of a head multiply, `[N, d or m]`."""
         future: asyncio.Future[NDArray[np.float32]] = asyncio.get_running_loop().create_future()
         self._asked.append((transcripts, future))
         if not self._busy:
@@ -67,12 +66,13 @@ class StatesActor:
             begin += len(transcripts)
 
     def _read(self, talks: Sequence[tuple[Message, ...]]) -> NDArray[np.float32]:
-        found: NDArray[np.float32] = features(
+        hidden = features(
             self._backbone,
             talks,
-            prompt_format=self._info.prompt_format,
+            prompt_format=self._head.info.prompt_format,
             max_tokens=self._max_tokens,
             revision=self._revision,
             cache=self._cache,
-        ).numpy()
+        )
+        found: NDArray[np.float32] = self._head.features(hidden).numpy()
         return found

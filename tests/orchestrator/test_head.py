@@ -25,6 +25,7 @@ from orchestrator.head import (
     pick,
     save_checkpoint,
 )
+from orchestrator.landmarks import Landmarks
 
 INFO = CheckpointInfo(workers=("a", "b", "c"), backbone="org/model", revision="r1", trained={"tasks": 3})
 
@@ -43,6 +44,25 @@ def test_logits_are_w_h_and_fold_the_standardisation() -> None:
     folded = checkpoint(shift=torch.tensor([1.0, 1.0, 1.0, 1.0]), scale=torch.tensor([1.0, 0.5, 0.0, 2.0]))
     # (h - shift) * scale = [0, 0.5, 0, 6]
     assert folded.logits(hidden).tolist() == [[18.5, 44.5, 70.5]]
+
+
+def test_logits_add_the_prior_and_may_be_of_landmarks() -> None:
+    hidden = torch.tensor([[3.0, 1.0, 9.0, 9.0], [1.0, -1.0, 0.0, 0.0]])
+    # Standardised and projected these are [2, 0] and [0, -2]: one at the first landmark and at right angles to the
+    # second, the other at right angles to the first and opposite to the second.
+    landmarks = Landmarks(torch.eye(2, 4), torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0.5]))
+    head = checkpoint(
+        weight=torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]),
+        shift=torch.tensor([1.0, 1.0, 0.0, 0.0]),
+        scale=torch.ones(4),
+        prior=torch.tensor([0.0, 10.0, 20.0]),
+        landmarks=landmarks,
+    )
+    one, two = math.exp(-1), math.exp(-2)  # exp(−2γ(1 − cos)) with cos 0 and −1
+    expected = torch.tensor([[1.0, 10 + one, 20 + 1 + one], [one, 10 + two, 20 + one + two]])
+    torch.testing.assert_close(head.logits(hidden), expected)
+    assert head.dimension == 4
+    assert head.features(hidden).shape == (2, 2)
 
 
 def test_masked_softmax_by_hand() -> None:
@@ -127,11 +147,21 @@ def test_what_is_saved_is_what_is_loaded(
         shift=torch.randn(6, generator=generator),
         scale=torch.rand(6, generator=generator),
         singular={"layers.2.q.weight": torch.randn(6, generator=generator)},
+        prior=torch.randn(info.rows, generator=generator) if seed % 2 else None,
     )
+    if seed % 3 == 0:
+        landmarks = Landmarks(*(torch.randn(*size, generator=generator) for size in ((4, 6), (5, 4))), torch.ones(1))
+        made = replace(made, landmarks=landmarks, weight=torch.randn(info.rows, 5, generator=generator))
+        made = replace(made, info=replace(info, max_tokens=seed + 1))
+        info = made.info
     save_checkpoint(path, made)
     back = load_checkpoint(path)
     assert back.info == info
     assert torch.equal(back.weight, made.weight)
+    assert (back.prior is None) == (made.prior is None)
+    assert (back.landmarks is None) == (made.landmarks is None)
+    hidden = torch.randn(3, 6, generator=generator)
+    assert torch.equal(back.logits(hidden), made.logits(hidden))
     assert made.shift is not None
     assert made.scale is not None
     assert back.shift is not None
@@ -204,6 +234,8 @@ def rewritten(tmp_path: Path, metadata: dict[str, str | None], **tensors: torch.
         ({"reads": '[[-1, "first"]]'}, "metadata position is 'first'"),
         ({"reads": '[[0, "last"]]'}, "metadata layer is 0"),
         ({"reads": '[[2.0, "last"]]'}, "metadata layer is 2.0"),
+        ({"max_tokens": "0"}, "metadata max_tokens is 0"),
+        ({"max_tokens": "many"}, "metadata max_tokens is not JSON"),
         ({"format_version": "1"}, "lacks metadata: position, layer"),
         ({"format_version": "1", "layer": "x", "position": "last"}, "metadata layer is not JSON"),
         ({"format_version": "1", "layer": "-1", "position": "first"}, "metadata position is 'first'"),
@@ -224,6 +256,24 @@ def test_a_file_of_the_first_version_is_read(tmp_path: Path) -> None:
     [
         ({"head.weight": None}, "has no tensor head.weight"),
         ({"head.weight": torch.full((3, 4), math.nan)}, "head.weight holds numbers that are not finite"),
+        ({"head.prior": torch.zeros(5)}, r"head.prior has shape \[5\], not \[3\]"),
+        ({"landmarks.basis": torch.zeros(2, 4)}, "has only landmarks.basis of"),
+        (
+            {
+                "landmarks.basis": torch.zeros(2, 9),
+                "landmarks.centres": torch.zeros(3, 2),
+                "landmarks.gamma": torch.ones(1),
+            },
+            r"landmarks.centres has shape \[3, 2\], not \[4, 2\]",
+        ),
+        (
+            {
+                "landmarks.basis": torch.zeros(2, 9),
+                "landmarks.centres": torch.zeros(4, 2),
+                "landmarks.gamma": torch.zeros(1),
+            },
+            "landmarks.gamma is not one positive number",
+        ),
         ({"head.shift": torch.zeros(5)}, r"head.shift has shape \[5\], not \[4\]"),
         ({"head.scale": torch.tensor([1.0, 1.0, 1.0, -math.inf])}, "head.scale holds numbers that are not finite"),
         ({"singular.x": torch.zeros(2, 2)}, r"singular.x has shape \[2, 2\]"),

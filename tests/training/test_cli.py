@@ -58,7 +58,7 @@ def test_from_outcomes_to_a_gate(place: Path, tmp_path: Path) -> None:
     tiny = ("--backbone", place / "tiny", "--read-tokens", 128, "--quiet")
     sft = run(
         *("train", "sft", *outcomes, "--workers", "maps,sums,words", "--out", tmp_path / "sft.safetensors"),
-        *("--tau", 0.25, "--weight-decay", 1, "--json", tmp_path / "made" / "sft.json", *tiny),
+        *("--tau", 0.25, "--decay", 0.3, "--json", tmp_path / "made" / "sft.json", *tiny),
     )
     assert sft.returncode == 0, sft.stderr
     assert sft.stderr == ""
@@ -98,7 +98,7 @@ def test_sft_and_eval_with_the_embedded_backbone(place: Path, tmp_path: Path, mo
     monkeypatch.delenv("FUGU_CACHE")
     outcomes = ("--outcomes", place / "outcomes")
     router = tmp_path / "router.safetensors"
-    sft = run("train", "sft", *outcomes, "--out", router, "--tau", 0.25, "--weight-decay", 1, "--quiet")
+    sft = run("train", "sft", *outcomes, "--out", router, "--tau", 0.25, "--decay", 0.3, "--quiet")
     assert sft.returncode == 0, sft.stderr
     measured = run(
         *("eval", *outcomes, "--checkpoint", router, "--split", "val", "--json", tmp_path / "eval.json"),

@@ -12,9 +12,25 @@ from hypothesis import strategies as st
 
 from actors.errors import CheckpointError, DataError
 from orchestrator.head import Checkpoint, CheckpointInfo
+from orchestrator.landmarks import Landmarks
 from training.policy import Policy, from_checkpoint, from_zeros, rounded
 
 INFO = CheckpointInfo(("a", "b", "c"), "backbone", "r1", trained={"method": "sft"})
+
+
+def near_landmarks(seed: int, *, landmarks: int = 4) -> Checkpoint:
+    """A head on landmarks among hidden states `[5]`, with a prior."""
+    generator = torch.Generator().manual_seed(seed)
+    shift, scale = torch.randn(2, 5, generator=generator)
+    centres = torch.nn.functional.normalize(torch.randn(landmarks, 3, generator=generator))
+    return Checkpoint(
+        INFO,
+        torch.randn(3, landmarks, generator=generator),
+        shift,
+        scale.abs() + 0.1,
+        prior=torch.randn(3, generator=generator),
+        landmarks=Landmarks(torch.randn(3, 5, generator=generator), centres, torch.tensor([0.7])),
+    )
 
 
 def checkpoint(seed: int, *, dimension: int = 5, roles: bool = False, scaled: bool = True) -> Checkpoint:
@@ -46,13 +62,13 @@ def test_flat_vector_and_head_are_one(seed: int, roles: bool, singular: bool) ->
     assert np.array_equal(Policy(policy.checkpoint(other, {}), policy.singular).vector(), other)
 
 
-@given(st.integers(0, 1000), st.integers(1, 4), st.integers(1, 6))
-def test_a_population_at_once_is_each_by_itself(seed: int, candidates: int, tasks: int) -> None:
-    policy = Policy(checkpoint(seed))
+@given(st.integers(0, 1000), st.integers(1, 4), st.integers(1, 6), st.booleans())
+def test_a_population_at_once_is_each_by_itself(seed: int, candidates: int, tasks: int, landmarks: bool) -> None:
+    policy = Policy(near_landmarks(seed) if landmarks else checkpoint(seed))
     rng = np.random.default_rng(seed)
     thetas = rounded(rng.normal(size=(candidates, policy.size)))
     hidden = torch.from_numpy(rng.normal(size=(tasks, 5)).astype(np.float32))
-    logits = policy.logits(thetas, policy.standardised(hidden))
+    logits = policy.logits(thetas, policy.features(hidden))
     assert logits.shape == (candidates, tasks, 3)
     for theta, line in zip(thetas, logits, strict=True):
         np.testing.assert_allclose(line, policy.checkpoint(theta, {}).logits(hidden).numpy(), rtol=1e-4, atol=1e-4)
@@ -68,15 +84,27 @@ def test_a_start_keeps_its_decisions(scaled: bool) -> None:
     torch.testing.assert_close(logits[:, [1, 2, 0]], start.logits(hidden), rtol=1e-4, atol=1e-5)
     assert not logits[:, 3:].any()  # every turn a Worker's
     if not scaled:
-        spread = Policy(base).standardised(hidden)
+        spread = Policy(base).features(hidden)
         np.testing.assert_allclose((spread**2).mean(0), 1, rtol=1e-4)
+
+
+def test_a_start_on_landmarks_keeps_its_decisions_and_its_prior() -> None:
+    start = near_landmarks(3)
+    hidden = torch.randn(20, 5, generator=torch.Generator().manual_seed(1))
+    base = from_checkpoint(start, hidden, workers=("c", "a", "b"), roles=True)
+    logits = base.logits(hidden)
+    torch.testing.assert_close(logits[:, [1, 2, 0]], start.logits(hidden))
+    assert not logits[:, 3:].any()
+    assert base.landmarks is start.landmarks
+    assert Policy(base).size == 6 * 4
+    assert Policy(base).checkpoint(Policy(base).vector() + 1, {}).prior is base.prior
 
 
 def test_zeros_are_standardised_by_the_training_tasks() -> None:
     hidden = torch.randn(50, 5) * 7 + 3
     hidden[:, 2] = 4.0
     base = from_zeros(INFO, hidden)
-    spread = Policy(base).standardised(hidden)
+    spread = Policy(base).features(hidden)
     np.testing.assert_allclose(spread.mean(0), 0, atol=1e-5)
     np.testing.assert_allclose(spread.std(0), [1, 1, 0, 1, 1], atol=1e-5)
     assert not base.weight.any()

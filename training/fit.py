@@ -1,0 +1,94 @@
+"""One head of given settings on hidden states and scores: what `training.sft.solve` finds in a space that suits it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from orchestrator.head import Checkpoint, CheckpointInfo
+from training.landmarks import place_landmarks, whitening
+from training.sft import Objective, Solution, solve, standardisation
+
+Head = Literal["landmarks", "linear"]
+MOST_NUMBERS = 20_000
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Settings that are compared: the targets' temperature, the decay of the weights, and how near a task has to be to
+    a landmark to matter (`orchestrator.landmarks`; a linear head has no use for it)."""
+
+    tau: float
+    decay: float
+    gamma: float
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Settings that are not compared: what the weights multiply, what is minimised (`training.sft.solve`), and the most
+    landmarks, which are placed by `seed`."""
+
+    head: Head = "landmarks"
+    objective: Objective = "kl"
+    landmarks: int = 512
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """Where a head is fitted. `empty` is the head without weights; `mixing [m, m]` turns its features into those that a
+    decay of weights acts on as it should (None: they are so already)."""
+
+    empty: Checkpoint
+    mixing: Tensor | None
+
+    def inputs(self, hidden: Tensor) -> Tensor:
+        """Hidden states `[N, d]` → what is fitted on `[N, m]`."""
+        features = self.empty.features(hidden)
+        return features if self.mixing is None else (features.double() @ self.mixing).float()
+
+    def weight(self, found: Tensor) -> Tensor:
+        """Weights `[L, m]` on the inputs → weights on the head's features."""
+        return found if self.mixing is None else (found.double() @ self.mixing.T).float()
+
+    def head(self, solution: Solution, info: CheckpointInfo) -> Checkpoint:
+        return replace(self.empty, info=info, weight=self.weight(solution.weight), prior=solution.prior)
+
+
+def unfitted(hidden: Tensor, workers: int, kind: Kind) -> Checkpoint:
+    """A head without weights, gamma 1, for so many workers on training tasks' hidden states `[N, d]`. Few tasks get
+    fewer landmarks, many workers too: no more than `MOST_NUMBERS` are trained."""
+    shift, scale = standardisation(hidden.float())
+    info = CheckpointInfo(tuple(map(str, range(workers))), "", "")
+    empty = Checkpoint(info, torch.zeros(workers, hidden.shape[1]), shift, scale)
+    if kind.head == "linear":
+        return empty
+    count = min(kind.landmarks, MOST_NUMBERS // workers - 1)
+    landmarks = place_landmarks(empty.standardised(hidden), count=count, gamma=1.0, seed=kind.seed)
+    return replace(empty, weight=torch.zeros(workers, landmarks.count), landmarks=landmarks)
+
+
+def space_of(head: Checkpoint, gamma: float | None = None) -> Space:
+    """The space to fit a head in, its landmarks as near as `gamma` says (None: as they are)."""
+    if head.landmarks is None:
+        return Space(head, None)
+    if gamma is not None:
+        head = replace(head, landmarks=replace(head.landmarks, gamma=torch.tensor([gamma])))
+    assert head.landmarks is not None
+    return Space(head, whitening(head.landmarks))
+
+
+def fit(
+    hidden: Tensor, scores: Tensor, info: CheckpointInfo, candidate: Candidate, kind: Kind
+) -> tuple[Checkpoint, tuple[float, ...]]:
+    """The head of a candidate on hidden states `[N, d]` and scores `[N, L]` (NaN: unknown), and its losses.
+
+    Raises:
+        DataError: as `training.sft.solve`.
+    """
+    space = space_of(unfitted(hidden, scores.shape[1], kind), candidate.gamma)
+    solution = solve(space.inputs(hidden), scores, tau=candidate.tau, decay=candidate.decay, objective=kind.objective)
+    return space.head(solution, info), solution.losses
