@@ -125,9 +125,8 @@ class Shape:
 
 
 def _too_deep() -> RequestError:
-    return RequestError(
-        "response_format: the schema, or what it leads to, is nested too deeply", param="response_format"
-    )
+    message = "response_format: the schema is nested too deeply, or leads back to itself"
+    return RequestError(message, param="response_format")
 
 
 def shape_of(request: ChatRequest) -> Shape | None:

@@ -21,7 +21,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 from actors.adapters.base import Adapter, CallContext
 from actors.breaker import CircuitBreaker
 from actors.cache import ResponseCache
-from actors.config import Price, WorkerSpec
+from actors.config import WorkerSpec
 from actors.errors import (
     FuguError,
     ProtocolError,
@@ -37,7 +37,8 @@ from actors.estimate import estimate_tokens, text_tokens
 from actors.journal import Journal
 from actors.limiter import SLACK, WINDOW, Grant, Limiter, Share, split
 from actors.marks import worker_tag
-from actors.messages import ChatReply, ChatRequest, Chunk, Message, Thought, Timing, ToolCallDelta, Usage
+from actors.messages import ChatReply, ChatRequest, Chunk, Message, Thought, Timing, ToolCallDelta
+from actors.prices import pricing
 from actors.status import Counters, WorkerStatus
 from actors.structured import joined, native, repaired, shape_of
 
@@ -99,6 +100,7 @@ class WorkerRuntime:
             journal.start(self.limiter.live)
         self.breaker = CircuitBreaker(spec.breaker.failures, spec.breaker.cooldown, clock=clock, worker=spec.name)
         self._native = native(spec)
+        self._cost = pricing(spec)
         self._cache: ResponseCache[ChatReply] | None = None
         if spec.cache is not None:
             self._cache = ResponseCache(spec.cache.entries, spec.cache.ttl, clock=clock)
@@ -204,7 +206,7 @@ class WorkerRuntime:
 
     def _finish(self, call: _Call, reply: ChatReply) -> ChatReply:
         usage = reply.usage
-        cost = None if self.spec.price is None else price_of(usage, self.spec.price)
+        cost = self._cost(usage)
         self.counters.usage += usage
         self.counters.cost_usd += cost or 0.0
         return replace(
@@ -482,13 +484,6 @@ def _with_own_thoughts(message: Message, tag: str) -> Message:
 
 def _by(thoughts: tuple[Thought, ...], worker: str) -> tuple[Thought, ...]:
     return tuple(replace(thought, origin=worker_tag(worker)) for thought in thoughts)
-
-
-def price_of(usage: Usage, price: Price) -> float:
-    """USD. Cached input is a part of the input, reasoning of the output."""
-    cached = price.input if price.cached_input is None else price.cached_input
-    fresh = usage.input_tokens - usage.cached_input_tokens
-    return (fresh * price.input + usage.cached_input_tokens * cached + usage.output_tokens * price.output) / 1e6
 
 
 def as_chunks(reply: ChatReply) -> Iterator[Chunk]:

@@ -17,7 +17,8 @@ from actors.errors import (
     WorkerTimeoutError,
 )
 from actors.messages import ChatRequest, Usage
-from actors.worker import prepare, price_of
+from actors.prices import price_of
+from actors.worker import prepare
 
 # What a chat template adds to a message, in tokens, generously.
 _TOKENS_PER_MESSAGE = 32

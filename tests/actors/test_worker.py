@@ -29,7 +29,8 @@ from actors.errors import (
 from actors.estimate import estimate_tokens
 from actors.journal import Journal
 from actors.messages import ChatReply, ChatRequest, Chunk, Message, ToolCall, Usage
-from actors.worker import WorkerRuntime, prepare, price_of
+from actors.prices import price_of
+from actors.worker import WorkerRuntime, prepare
 from tests.actors.virtual import run_virtual
 
 REQUEST = ChatRequest((Message("user", "hello"),), max_tokens=100)

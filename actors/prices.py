@@ -1,0 +1,56 @@
+"""What a call costs: by the price in the configuration, else by the public price list (`genai-prices`) for models that
+it knows at the address they are called at. Elsewhere the cost is unknown, which is not the same as nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from actors.config import Price, WorkerSpec
+from actors.messages import Usage
+
+logger = logging.getLogger(__name__)
+
+Pricing = Callable[[Usage], float | None]
+
+_LISTED = ("openai", "anthropic", "gemini")
+
+
+def pricing(spec: WorkerSpec) -> Pricing:
+    """What a usage of this worker costs, in USD; None where that is unknown."""
+    price = spec.price
+    if price is not None:
+        return lambda usage: price_of(usage, price)
+    host = urlsplit(spec.url).hostname or ""
+    if spec.provider not in _LISTED or "." not in host or host.replace(".", "").isdigit():
+        return lambda _usage: None  # nobody's public endpoint
+    return _listed(spec)
+
+
+def price_of(usage: Usage, price: Price) -> float:
+    """USD. Cached input is a part of the input, reasoning of the output."""
+    cached = price.input if price.cached_input is None else price.cached_input
+    fresh = usage.input_tokens - usage.cached_input_tokens
+    return (fresh * price.input + usage.cached_input_tokens * cached + usage.output_tokens * price.output) / 1e6
+
+
+def _listed(spec: WorkerSpec) -> Pricing:
+    # Its data takes most of a second to load, for those who need it.
+    import genai_prices
+
+    def cost(usage: Usage) -> float | None:
+        tokens = genai_prices.Usage(
+            input_tokens=usage.input_tokens,
+            cache_read_tokens=usage.cached_input_tokens,
+            output_tokens=usage.output_tokens,
+        )
+        try:
+            return float(genai_prices.calc_price(tokens, spec.model, provider_api_url=spec.url).total_price)
+        except LookupError:
+            return None
+
+    if cost(Usage(1, 1)) is None:
+        logger.warning("worker %s: no price is known for %s; set `price` to know what it costs", spec.name, spec.model)
+        return lambda _usage: None
+    return cost
