@@ -14,6 +14,7 @@ from rich.console import Console
 from actors.config import FuguConfig, load_config
 from actors.console import error_line
 from actors.errors import ConfigError, FuguError
+from serve import cluster_cli
 from training import cli
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 pool = typer.Typer(help="The workers of a configuration.", no_args_is_help=True)
 app.add_typer(pool, name="pool")
 app.add_typer(cli.app)
+app.add_typer(cluster_cli.app)
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -40,7 +42,8 @@ ConfigOption = Annotated[
 
 @app.command(
     epilog="Examples:  [bold]fugu serve[/]   ·   [bold]fugu serve -c configs/frontier.yaml --port 9000[/]   ·   "
-    "[bold]fugu serve --address auto[/] (join a running Ray)"
+    "[bold]fugu serve --address auto[/] (join a running Ray)   ·   "
+    "[bold]fugu serve -c pool.yaml --host 0.0.0.0 --emit-serve-config > serve.yaml[/] (for [bold]serve deploy[/])"
 )
 def serve(
     config: ConfigOption = EMBEDDED,
@@ -51,8 +54,19 @@ def serve(
     ] = None,
     dashboard: Annotated[bool, typer.Option("--dashboard", help="Start Ray's dashboard too.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds until every model must be loaded.")] = 600.0,
+    emit: Annotated[
+        bool, typer.Option("--emit-serve-config", help="Print what `serve deploy` takes for this, and serve nothing.")
+    ] = False,
 ) -> None:
     """Serve the pool of a configuration as one OpenAI-compatible endpoint."""
+    if emit:
+        from serve import emit as emitted
+
+        try:
+            out.print(emitted.text(emitted.serve_config(config, host=host, port=port)), markup=False, soft_wrap=True)
+        except FuguError as error:
+            _fail(error)
+        return
     from serve import lifetime
 
     settings = _override(_load(config), host, port)

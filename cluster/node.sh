@@ -1,6 +1,6 @@
 #!/bin/sh
 # What a node does: `setup` (once), `head` or `worker` (start Ray), `run COMMAND…` (in the cluster's environment),
-# `env` (that environment, for a shell). Ray's launcher and the Kubernetes manifest call it.
+# `job ARGUMENTS…` (fugu with these, on this Ray), `env` (that environment, for a shell). Ray's launcher calls it.
 set -eu
 
 code=$(cd "$(dirname "$0")/.." && pwd)
@@ -53,6 +53,11 @@ case $action in
     run)
         eval "$(environment)"
         exec "$@"
+        ;;
+    job)
+        eval "$(environment)"
+        cd "$code"
+        FUGU_RAY=auto exec fugu "$@"
         ;;
     head)
         eval "$(environment)"

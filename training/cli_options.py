@@ -17,7 +17,10 @@ Workers = Annotated[str, typer.Option("--workers", help="Only these, in this ord
 Json = Annotated[Path | None, typer.Option("--json", help="Write the report as JSON, too.", metavar="FILE")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Address = Annotated[
-    str | None, typer.Option("--address", help="Join the Ray at this address instead of starting one.", metavar="RAY")
+    str | None,
+    typer.Option(
+        "--address", help="Join the Ray at this address instead of starting one.", metavar="RAY", envvar="FUGU_RAY"
+    ),
 ]
 BudgetUsd = Annotated[float | None, typer.Option("--budget-usd", min=0, help="Stop before more is spent.")]
 MaxTokens = Annotated[
