@@ -64,12 +64,13 @@ def worker(name: str, provider: LoopbackProvider, **fields: Any) -> dict[str, An
 
 @pytest.fixture(scope="session")
 def with_haproxy(tmp_path_factory: pytest.TempPathFactory, upstream: LoopbackProvider) -> Iterator[RunningServer]:
-    """Two gateways behind HAProxy, a router with a (random) head, keys."""
+    """Two gateways behind HAProxy, a router with a (random) head, a conductor, keys."""
     folder = tmp_path_factory.mktemp("haproxy")
     model, checkpoint = tiny_checkpoint(folder, WORKERS)
     config = {
         "workers": [worker(name, upstream, tags=[name]) for name in WORKERS],
         "router": {"backbone": str(model), "checkpoint": str(checkpoint), "timeout": 5, "max_tokens": 256},
+        "conductor": {"worker": "second", "max_rounds": 1},
         "serve": {
             "api_keys": ["${SERVE_KEY}"],
             "gateway_replicas": {"min": 2, "max": 2},
