@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.config import FuguConfig
+from actors.config import FuguConfig, PlacementConfig
 from actors.errors import ConfigError, DataError
 from actors.messages import ChatReply, Message, Worker
+from actors.placement import cpus
 from actors.pool import WorkerPool
 from training.calls import Key, PaidOnce, call_cache
 from training.outcomes import Task
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 Vector = NDArray[np.float64]
 # Of a CPU: a lane mostly waits for workers; the rest is grading.
 _CPUS = 0.2
+_SESSIONS_PER_LANE = 64
 # What ended is handed to the driver at least this often (seconds), and what is asked of the backbone waits this long
 # for others to join.
 _HAND_OVER = 0.05
@@ -104,8 +106,8 @@ class GroupQueue:
 
 class FanOut:
     """Plays groups on the cluster this process is connected to: at most `concurrency` sessions at the same time in at
-    most `lanes` Ray tasks. `on_answers` gets answers as they come; what it raises ends the playing. `known` gives the
-    answers for a task before it is played."""
+    most `lanes` Ray tasks, each of which asks for `where` of a node. `on_answers` gets answers as they come; what it
+    raises ends the playing. `known` gives the answers for a task before it is played."""
 
     def __init__(
         self,
@@ -114,8 +116,11 @@ class FanOut:
         lanes: int,
         known: Callable[[str], Mapping[Key, ChatReply]],
         on_answers: Callable[[Sequence[tuple[str, Key, ChatReply]]], None],
+        where: Mapping[str, float] | None = None,
     ) -> None:
         self._context = ray.put(context)
+        lane: Any = play_lane
+        self._play_lane = lane.options(resources=dict(where or {}))
         self._concurrency = concurrency
         self._lanes = lanes
         self._known = known
@@ -163,7 +168,7 @@ class FanOut:
         return next((end.result() for end in ends if end.result() is not None), None)
 
     async def _lane(self, heads: Any, concurrency: int, found: dict[int, Episode]) -> RayError | None:
-        ends: Any = play_lane.remote(self._context, heads, self._queue, self._fillings, concurrency)
+        ends: Any = self._play_lane.remote(self._context, heads, self._queue, self._fillings, concurrency)
         try:
             async for reference in ends:
                 ended: Ended = await reference
@@ -355,6 +360,8 @@ def reward_function(name: str) -> Reward:
     return function
 
 
-def cluster_lanes() -> int:
-    """One lane for each CPU of the cluster."""
-    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+def cluster_lanes(placement: PlacementConfig, concurrency: int) -> int:
+    """One lane for each CPU of the nodes that rollouts run on. Where the cluster can start more of those
+    (`placement.required`), as many as the sessions fill: lanes that wait are what it grows by."""
+    now = cpus(placement.rollouts, placement)
+    return max(now, -(-concurrency // _SESSIONS_PER_LANE)) if placement.required else now

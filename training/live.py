@@ -17,6 +17,7 @@ from actors.config import FuguConfig, load_config
 from actors.errors import ConfigError, DataError
 from actors.messages import ChatReply
 from actors.model_files import cache_dir
+from actors.placement import resources
 from actors.pool import WorkerPool
 from orchestrator.head import Checkpoint
 from training.calls import CallStore, Key
@@ -203,7 +204,9 @@ def live(settings: EvolveRun, start: Checkpoint | None) -> Iterator[tuple[Policy
                 settings.reward,
                 by_worker=not roles,
             )
-            fan_out = FanOut(context, concurrency, cluster_lanes(), store.of, keep)
+            lanes = cluster_lanes(config.placement, concurrency)
+            where = resources(config.placement.rollouts, config.placement)
+            fan_out = FanOut(context, concurrency, lanes, store.of, keep, where)
             try:
                 yield (
                     policy,
