@@ -143,6 +143,7 @@ class _Conducting:
     shown: bool = False
 
     async def through(self, resumed: Resumed | None) -> None:
+        conversation = self.request.messages
         if resumed is not None:
             self.request = self.request.with_(messages=resumed.base)
             self.said = list(resumed.paused.rounds)
@@ -160,6 +161,7 @@ class _Conducting:
             if not this.bare and run.answer is None and not run.waiting and run.out_of is None and not self.shown:
                 error = run.error
                 self._fall_back(this, "no step of the workflow could answer")
+                self.request = self.request.with_(messages=conversation)
                 this = PlanRound(number, bare=True, workflow=self._bare(), reason=this.reason)
                 self.conducted.rounds.append(this)
                 run = await self._run(this, None)
@@ -343,9 +345,13 @@ class _Conducting:
             earlier = access.escape(quote("earlier_answer", self.said[-1].result))
             messages = with_note(messages, f"{_EARLIER}\n{earlier}", system=None)
         if self.request.tools and this.workflow.steps[index].worker != SELF:
-            own = self.request if index == len(this.workflow.steps) - 1 else self.request.with_(tool_choice=None)
+            # That a tool must be called binds who answers; that none may, everybody.
+            choice = self.request.tool_choice
+            binds = index == len(this.workflow.steps) - 1 or (choice is not None and choice.mode == "none")
             request = request.with_(
-                tools=own.tools, tool_choice=own.tool_choice, parallel_tool_calls=own.parallel_tool_calls
+                tools=self.request.tools,
+                tool_choice=choice if binds else None,
+                parallel_tool_calls=self.request.parallel_tool_calls,
             )
         history = () if resumed is None else resumed.histories.get(index, ())
         return request.with_(messages=(*messages, *history))

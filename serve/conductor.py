@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -45,7 +45,9 @@ class Conducting:
         config = self.config
         steps = config.max_steps if knobs.max_steps is None else min(knobs.max_steps, config.max_steps)
         return ConductorSettings(
-            PromptSettings(config.style, config.show_names, config.examples, max_steps=steps),
+            _shortened(
+                PromptSettings(config.style, config.show_names, config.examples, max_steps=steps), config.context
+            ),
             max_rounds=config.max_rounds if knobs.max_rounds is None else knobs.max_rounds,
             max_depth=config.max_recursion if knobs.max_recursion is None else knobs.max_recursion,
             retries=config.retries,
@@ -54,6 +56,10 @@ class Conducting:
             structured=config.model is not None and config.provider == "vllm",
             executor=ExecutorSettings(config.on_failure, config.fallbacks, config.steps),
         )
+
+    def unpriced(self, names: Iterable[str]) -> list[str]:
+        """Those of `names`, and the conductor, whose price is not known: a budget in USD does not hold for them."""
+        return [name for name in dict.fromkeys((*names, self.writer.name)) if self.price(name, 1, 1) is None]
 
     def budget(self, knobs: Knobs) -> Budget:
         return Budget(
@@ -111,6 +117,18 @@ def _checked_card(config: FuguConfig, conductor: ConductorConfig) -> ConductorCa
             )
     numbering(card, [spec.name for spec in config.workers])
     return card
+
+
+def _shortened(prompt: PromptSettings, context: int | None) -> PromptSettings:
+    """So much of question and result that a conductor's context (tokens) holds them both and a plan, at two characters
+    per token and more."""
+    if context is None:
+        return prompt
+    return replace(
+        prompt,
+        question_characters=min(prompt.question_characters, context),
+        result_characters=min(prompt.result_characters, context // 2),
+    )
 
 
 def _prices(specs: Mapping[str, WorkerSpec]) -> Price:

@@ -167,6 +167,9 @@ class _Answering:
         trace = self.job.trace
         trace.record.worker = reply.worker
         body = trace.body(reply, time.perf_counter())
+        if self.conducting.budget(self.job.wishes.knobs).usd is not None:
+            unpriced = self.conducting.unpriced(self.pool.workers)
+            body["warnings"] += [f"budget_usd: the price of {name} is not known" for name in unpriced]
         return body | {
             "role": None,
             "conductor": self.conducting.writer.name,

@@ -484,6 +484,33 @@ async def test_a_round_goes_on_after_a_pause() -> None:
     assert [event.round for event in events if isinstance(event, Planned)] == [1]
 
 
+async def test_that_no_tool_may_be_called_binds_every_step() -> None:
+    workers = pool(a="pmal", b="28")
+    await conducting(writer(CHAIN), workers, ASK.with_(tool_choice=ToolChoice("none")), may_pause=True)
+    assert [seen(workers, name)[0].tool_choice for name in "ab"] == [ToolChoice("none")] * 2
+
+
+async def test_a_resumed_workflow_that_fails_falls_back_with_the_results_in_view() -> None:
+    def once(request: ChatRequest) -> Answer:
+        if not any(message.role == "tool" for message in request.messages):
+            return (ToolCall("call_1", "weather", "{}"),)
+        return WorkerUnavailableError("is down", worker="a")
+
+    first, _ = await conducting(writer(plan(("a", "look", ()))), pool(a=once), ASK, may_pause=True)
+    assert first.answer is not None
+    assert first.paused is not None
+    request = with_results(ASK, first.answer, {"": "rain"})
+    resumed = memory.resume(stored(first.paused), request.messages)
+    others = pool(a=once, b=lambda request: "yes" if request.messages[-1].role == "tool" else Exception("?"))
+    settings = ConductorSettings(executor=ExecutorSettings(fallbacks=0))
+    result, _ = await conducting(
+        writer(), others, request, ("b", "a"), resumed=resumed, may_pause=True, settings=settings
+    )
+    assert result.answer is not None
+    assert result.answer.text == "yes"
+    assert seen(others, "b")[0].messages == request.messages
+
+
 async def test_where_nothing_can_be_kept_no_step_hears_of_tools() -> None:
     workers = pool(a="pmal", b="28")
     await conducting(writer(CHAIN), workers, ASK)

@@ -80,9 +80,8 @@ class Ultra:
         self.a, self.b = Scripted("a", a), Scripted("b", b)
         self.c = Scripted("c", writes if left is None else lambda _: left.pop(0))
         serve = {"keep_alive": conductor.pop("keep_alive", 15), "request_timeout": 60}
-        specs = [
-            {"name": name, "provider": "openai", "model": "m", "price": {"input": 1, "output": 10}} for name in NAMES
-        ]
+        price = {"price": {"input": 1, "output": 10}} if conductor.pop("prices", True) else {}
+        specs = [{"name": name, "provider": "openai", "model": "m", **price} for name in NAMES]
         self.config = FuguConfig.model_validate(
             {"workers": specs, "serve": serve, "conductor": {"worker": "c", **conductor}}
         )
@@ -226,6 +225,12 @@ async def test_what_a_request_may_choose(tmp_path: Path) -> None:
     ultra = Ultra(tmp_path, CHAIN)
     trace = (await ultra.ask(fugu={"trace": True, "max_calls": 2})).json()["fugu"]
     assert (trace["upstream_calls"], trace["out_of"], trace["worker"]) == (2, "calls", "b")
+
+    trace = (await Ultra(tmp_path, CHAIN).ask(fugu={"trace": True, "budget_usd": 0.5})).json()["fugu"]
+    assert (trace["out_of"], trace["cost_usd"], trace["warnings"]) == ("usd", 0.5, [])
+    unpriced = Ultra(tmp_path, CHAIN, prices=False)
+    trace = (await unpriced.ask(fugu={"trace": True, "budget_usd": 10})).json()["fugu"]
+    assert [warning.split()[-4] for warning in trace["warnings"]] == ["a", "b", "c"]
 
     ultra = Ultra(tmp_path, CHAIN, deadline=30)
     ultra.b.wait = 30
