@@ -25,6 +25,7 @@ import torch  # isort: skip
 from actors.config import FuguConfig, load_config
 from actors.errors import ConfigError
 from actors.model_files import EMBEDDED_ALIAS, resolve_model
+from orchestrator.conductor_card import ConductorCard, write_card
 from orchestrator.conductor_prompt import PromptSettings
 from training.conductor_questions import Number, Question, Subsets, endless, listed, question_at
 from training.conductor_rollouts import InProcessRollouts, Rollouts, RolloutSettings, Written
@@ -121,7 +122,7 @@ class GrpoReport:
 
 
 def run(settings: GrpoRun, rollouts: Rollouts | None = None) -> GrpoReport:
-    """Train, write the adapter (or model) with `grpo.json` beside it, and `curves.png` in the state's folder. Ctrl-C
+    """Train, write the adapter (or model) with `grpo.json` and the card that serving reads beside it, and `curves.png` in the state's folder. Ctrl-C
     loses the step in progress, a kill the steps since the last checkpoint. `rollouts` plays and rewards in another way
     than the pool does.
 
@@ -151,6 +152,8 @@ def run(settings: GrpoRun, rollouts: Rollouts | None = None) -> GrpoReport:
     with nullcontext(rollouts) if rollouts is not None else rollouts_of(settings, config) as played:
         _train(learner, settings, played, pool, tasks, validation)
     learner.export(settings.out, base=files.id)
+    prompt = settings.prompt
+    write_card(settings.out, ConductorCard(tuple(pool), prompt.style, prompt.show_names, settings.rollouts.steps))
     history = rows_of(settings.folder / "curve.jsonl", learner.done)
     curves = settings.folder / "curves.png"
     draw(history, curves, title=f"{settings.out.name}: {learner.done} steps of GRPO")
