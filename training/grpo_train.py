@@ -26,6 +26,7 @@ from actors.config import FuguConfig, load_config
 from actors.errors import ConfigError
 from actors.model_files import EMBEDDED_ALIAS, resolve_model
 from orchestrator.conductor_card import ConductorCard, write_card
+from orchestrator.conductor_card import ConductorCard, write_card
 from orchestrator.conductor_prompt import PromptSettings
 from training.conductor_questions import Number, Question, Subsets, endless, listed, question_at
 from training.conductor_rollouts import InProcessRollouts, Rollouts, RolloutSettings, Written
@@ -161,7 +162,7 @@ def run(settings: GrpoRun, rollouts: Rollouts | None = None) -> GrpoReport:
     about = {
         "model": f"{files.id}@{files.revision}",
         "workers": pool,
-        "prompt": asdict(settings.prompt),
+        "prompt": asdict(prompt),
         "settings": described(settings),
         "torch": torch.__version__,
         "device": str(learner.model.device),
