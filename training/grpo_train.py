@@ -26,7 +26,6 @@ from actors.config import FuguConfig, load_config
 from actors.errors import ConfigError
 from actors.model_files import EMBEDDED_ALIAS, resolve_model
 from orchestrator.conductor_card import ConductorCard, write_card
-from orchestrator.conductor_card import ConductorCard, write_card
 from orchestrator.conductor_prompt import PromptSettings
 from training.conductor_questions import Number, Question, Subsets, endless, listed, question_at
 from training.conductor_rollouts import InProcessRollouts, Rollouts, RolloutSettings, Written
@@ -123,9 +122,9 @@ class GrpoReport:
 
 
 def run(settings: GrpoRun, rollouts: Rollouts | None = None) -> GrpoReport:
-    """Train, write the adapter (or model) with `grpo.json` and the card that serving reads beside it, and `curves.png` in the state's folder. Ctrl-C
-    loses the step in progress, a kill the steps since the last checkpoint. `rollouts` plays and rewards in another way
-    than the pool does.
+    """Train, write the adapter (or model) with `grpo.json` and the card that serving reads beside it, and `curves.png`
+    in the state's folder. Ctrl-C loses the step in progress, a kill the steps since the last checkpoint. `rollouts`
+    plays and rewards in another way than the pool does.
 
     Raises:
         ConfigError: settings that make no sense, or a model that cannot be loaded.
