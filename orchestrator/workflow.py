@@ -261,7 +261,7 @@ def to_mermaid(workflow: Workflow) -> str:
     a thick border. Every character that means something to Mermaid is written as its code."""
     lines = ["flowchart TD"]
     for index, step in enumerate(workflow.steps):
-        label = f"{_coded(f'{index} {step.worker}')}<br/>{_coded(_short(step.subtask))}"
+        label = f"{_coded(_short(f'{index} {step.worker}'))}<br/>{_coded(_short(step.subtask))}"
         lines.append(f'    s{index}["{label}"]')
     for index, step in enumerate(workflow.steps):
         lines += [f"    s{i} --> s{index}" for i in step.access]
@@ -274,7 +274,7 @@ def to_dot(workflow: Workflow) -> str:
     """A Graphviz digraph with the same boxes and arrows."""
     lines = ["digraph workflow {", "    node [shape=box];"]
     for index, step in enumerate(workflow.steps):
-        label = f"{_backslashed(f'{index} {step.worker}')}\\n{_backslashed(_short(step.subtask))}"
+        label = f"{_backslashed(_short(f'{index} {step.worker}'))}\\n{_backslashed(_short(step.subtask))}"
         last = ", penwidth=3" if index == len(workflow.steps) - 1 else ""
         lines.append(f'    s{index} [label="{label}"{last}];')
     for index, step in enumerate(workflow.steps):
@@ -283,7 +283,8 @@ def to_dot(workflow: Workflow) -> str:
 
 
 def _short(text: str, limit: int = 80) -> str:
-    text = " ".join(text[: 4 * limit].split())
+    text = "".join(c if c.isprintable() else " " for c in text[: 4 * limit])
+    text = " ".join(text.split())
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
@@ -292,8 +293,7 @@ def _coded(text: str) -> str:
 
 
 def _backslashed(text: str) -> str:
-    printable = "".join(c if c.isprintable() else " " for c in text)
-    return printable.replace("\\", "\\\\").replace('"', '\\"')
+    return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
 def from_json(text: str) -> Workflow:
