@@ -153,7 +153,7 @@ def run(settings: GrpoRun, rollouts: Rollouts | None = None) -> GrpoReport:
         _train(learner, settings, played, pool, tasks, validation)
     learner.export(settings.out, base=files.id)
     prompt = settings.prompt
-    write_card(settings.out, ConductorCard(tuple(pool), prompt.style, prompt.show_names, settings.rollouts.steps))
+    write_card(settings.out, ConductorCard(pool, prompt.style, prompt.show_names, settings.rollouts.steps))
     history = rows_of(settings.folder / "curve.jsonl", learner.done)
     curves = settings.folder / "curves.png"
     draw(history, curves, title=f"{settings.out.name}: {learner.done} steps of GRPO")
