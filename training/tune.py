@@ -50,6 +50,7 @@ from training.tune_trial import (
 __all__ = ["Trial", "TuneReport", "TuneRun", "run"]
 
 _TRIALS = "trials"
+_IDENTITY = "tune.json"
 # Of every three trials that reach a rung one goes on.
 _REDUCTION = 3
 
@@ -66,6 +67,7 @@ def run(settings: TuneRun) -> TuneReport:
         CheckpointError: a start of other workers.
     """
     began = time.perf_counter()
+    _check_folder(settings)
     space = space_of(settings.method, settings.over)
     first = first_of(settings.method, space)
     laboratory, learn, held = _checked(settings, space, first)
@@ -186,7 +188,7 @@ def _claim(
     """Make the folder, or find that it is this tuning's.
 
     Raises:
-        ConfigError: it holds a tuning that shall not be resumed, none to resume, or another one.
+        ConfigError: it is another one's.
     """
     digest = hashlib.sha256()
     for part in (learn, held) if held is not None else (learn,):
@@ -199,19 +201,28 @@ def _claim(
         "start": None if settings.checkpoint is None else _digest(settings.checkpoint),
         "data": digest.hexdigest()[:16],
     }
-    path, there = settings.folder / "tune.json", (settings.folder / _TRIALS).exists()
+    path = settings.folder / _IDENTITY
     if not settings.resume:
-        if there:
-            raise ConfigError(f"{settings.folder} holds a tuning; go on with it with --resume, or remove it")
         settings.folder.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(identity, indent=2) + "\n")
         return
-    if not there or not path.exists():
-        raise ConfigError(f"{settings.folder} holds no tuning that could be resumed")
     before = json.loads(path.read_text())
     if differ := [key for key in {**before, **identity} if before.get(key) != identity.get(key)]:
         told = "; ".join(f"{key} was {before.get(key)}, is {identity.get(key)}" for key in differ)
         raise ConfigError(f"cannot resume {settings.folder}: it is another tuning ({told})")
+
+
+def _check_folder(settings: TuneRun) -> None:
+    """A tuning that is there is not overwritten, and one that is not cannot be resumed.
+
+    Raises:
+        ConfigError: says which.
+    """
+    there = (settings.folder / _TRIALS).exists() and (settings.folder / _IDENTITY).exists()
+    if there and not settings.resume:
+        raise ConfigError(f"{settings.folder} holds a tuning; go on with it with --resume, or remove it")
+    if settings.resume and not there:
+        raise ConfigError(f"{settings.folder} holds no tuning that could be resumed")
 
 
 def _digest(path: Path) -> str:
