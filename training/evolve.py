@@ -29,7 +29,7 @@ from training.outcomes import Task, read_outcomes
 from training.players import RecordedPlayer, known_results
 from training.players import Table as Known
 from training.policy import Policy, from_checkpoint, from_zeros
-from training.start import EvolveRun, Reading, backbone_files, identity_of, read, reading_of, some
+from training.start import EvolveRun, Reading, backbone_files, identity_of, policy_of, read, reading_of, some
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -196,14 +196,14 @@ def _player(
 ) -> tuple[Policy, Player]:
     seed = settings.search.seed
     if settings.singular is None:
-        policy = Policy(base)
+        policy = policy_of(settings, base, train[1])
         return policy, RecordedPlayer(policy, train[1:], held[1:], choose=settings.choose, seed=seed)
     info, device = base.info, settings.reading.device
     folder = backbone_files(info, settings.reading).folder
     stored = Backbone.load(folder, reads=info.reads, device=device, dtype=torch.float32)
     running = Backbone.load(folder, reads=info.reads, device=device, singular=base.singular or None)
     adapted = AdaptedBackbone(stored, running, settings.singular)
-    policy = Policy(base, tuple(adapted.sizes.items()))
+    policy = policy_of(settings, base, train[1], tuple(adapted.sizes.items()))
     max_tokens = read_limit(info, settings.reading.max_tokens)
     return policy, AdaptedPlayer(policy, adapted, train, held, max_tokens=max_tokens, choose=settings.choose, seed=seed)
 
@@ -214,6 +214,7 @@ def how_trained(settings: EvolveRun, policy: Policy, course: Course, found: Foun
         "method": "sep-cma-es",
         "mode": settings.mode,
         "rollouts": "live" if settings.config else "recorded",
+        "axes": None if policy.axes is None else len(policy.axes),
         "start": dict(policy.base.info.trained) if settings.checkpoint else "zeros",
         "generations": len(found.history),
         "sigma": course.search.sigma,

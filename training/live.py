@@ -30,7 +30,7 @@ from training.label_tasks import provider_actors
 from training.outcomes import Task, read_tasks
 from training.policy import Policy, from_checkpoint, from_zeros
 from training.rollout import Draw, Episode, Rollouts, SessionSettings, decided, gathered
-from training.start import EvolveRun, backbone_files, identity_of, read, reading_of, some
+from training.start import EvolveRun, backbone_files, identity_of, policy_of, read, reading_of, some
 from training.states import StatesActor
 from training.tasks import check_tasks, load_tasks
 
@@ -168,7 +168,7 @@ def live(settings: EvolveRun, start: Checkpoint | None) -> Iterator[tuple[Policy
         base = from_zeros(info, hidden)
     else:
         base = from_checkpoint(start, hidden, workers=names, roles=roles, where=str(settings.checkpoint))
-    policy = Policy(base)
+    policy = policy_of(settings, base, hidden)
     session = SessionSettings(
         settings.mode,
         settings.max_turns,

@@ -1,4 +1,5 @@
-"""A router as one flat vector θ, which evolution searches: [singular-value offsets | head weights] (TRINITY §3).
+"""A router as one flat vector θ, which evolution searches: [singular-value offsets | head weights] (TRINITY §3), or
+[offsets | change of the head along a few axes].
 
 The head's numbers multiply standardised features (h − shift) · scale, or nearness to landmarks, so that one step size σ
 means the same for every number, whatever the backbone: with σ0 = 0.03 and d = 576 the logits of a fresh candidate
@@ -18,17 +19,21 @@ from torch import Tensor
 
 from actors.errors import CheckpointError, DataError
 from orchestrator.head import ROLES, Checkpoint, CheckpointInfo
+from training.landmarks import whitening
 
 Vector = NDArray[np.float64]
+AXES = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Policy:
-    """What the numbers of θ mean: `base` gives shape, standardisation and names; `singular` the matrices whose offsets
-    stand before the head, with their number of singular values."""
+    """What the numbers of θ mean: `base` gives shape, features and names; `singular` the matrices whose offsets stand
+    before the head, with their number of singular values. With `axes [r, m]` the head's part of θ is how far each row
+    of the base's weights is moved along each of them; without, it is the weights."""
 
     base: Checkpoint
     singular: tuple[tuple[str, int], ...] = ()
+    axes: Tensor | None = None
 
     @property
     def workers(self) -> tuple[str, ...]:
@@ -46,16 +51,25 @@ class Policy:
     @property
     def size(self) -> int:
         """Length n of θ."""
-        return self.offsets + self.base.weight.numel()
+        rows, features = self.base.weight.shape
+        return self.offsets + rows * (features if self.axes is None else len(self.axes))
 
     def vector(self) -> Vector:
         """θ of the base itself; offsets that it does not have are zero."""
         parts = [self.base.singular.get(name, torch.zeros(size)) for name, size in self.singular]
-        return torch.cat([*parts, self.base.weight.reshape(-1)]).double().numpy()
+        head = self.base.weight if self.axes is None else torch.zeros(len(self.base.weight), len(self.axes))
+        return torch.cat([*parts, head.reshape(-1)]).double().numpy()
 
     def heads(self, thetas: Vector) -> Vector:
-        """θs `[K, n]` → head weights `[K, rows, d]`."""
-        return thetas[:, self.offsets :].reshape(len(thetas), *self.base.weight.shape)
+        """θs `[K, n]` → head weights `[K, rows, d or m]`."""
+        found = self._moves(thetas)
+        if self.axes is None:
+            return found
+        heads: Vector = self.base.weight.double().numpy() + found @ self.axes.double().numpy()
+        return heads
+
+    def _moves(self, thetas: Vector) -> Vector:
+        return thetas[:, self.offsets :].reshape(len(thetas), len(self.base.weight), -1)
 
     def scales(self, theta: Vector) -> dict[str, Tensor]:
         """One θ `[n]` → its offsets by matrix."""
@@ -66,16 +80,24 @@ class Policy:
         return found
 
     def features(self, hidden: Tensor | NDArray[np.float32]) -> Vector:
-        """Hidden states `[N, d]` → what the head's numbers multiply, float64."""
-        return np.asarray(self.base.features(torch.as_tensor(hidden)).double().numpy())
+        """Hidden states `[N, d]` → `[N, rows + …]`, float64: the part of the logits that no θ changes, then what the
+        head's part of θ multiplies."""
+        found = self.base.features(torch.as_tensor(hidden)).double()
+        fixed = torch.zeros(len(found), len(self.base.weight), dtype=torch.float64)
+        if self.base.prior is not None:
+            fixed = fixed + self.base.prior.double()
+        if self.axes is not None:
+            fixed = fixed + found @ self.base.weight.double().T
+            found = found @ self.axes.double().T
+        return np.asarray(torch.cat([fixed, found], dim=1).numpy())
 
     def logits(self, thetas: Vector, features: Vector) -> Vector:
-        """A whole population at once: θs `[K, n]` on features `[N, d or m]` → `[K, N, rows]`."""
-        heads = self.heads(thetas)
+        """A whole population at once: θs `[K, n]` on `features` → `[K, N, rows]`."""
+        moves, rows = self._moves(thetas), len(self.base.weight)
         # One matrix product; np.einsum("krd,nd->knr") is the same and slower.
-        flat = features @ heads.reshape(-1, heads.shape[-1]).T
-        logits = np.ascontiguousarray(flat.reshape(len(features), len(thetas), -1).transpose(1, 0, 2))
-        return logits if self.base.prior is None else logits + self.base.prior.double().numpy()
+        flat = features[:, rows:] @ moves.reshape(-1, moves.shape[-1]).T
+        changed = flat.reshape(len(features), len(thetas), rows).transpose(1, 0, 2)
+        return np.ascontiguousarray(changed + features[:, :rows])
 
     def checkpoint(self, theta: Vector, trained: Mapping[str, Any]) -> Checkpoint:
         """The checkpoint of one θ `[n]`."""
@@ -143,6 +165,18 @@ def from_checkpoint(
         weight = torch.where(scale > 0, weight / torch.where(scale > 0, scale, 1.0), 0.0)
     info = replace(info, workers=tuple(workers), roles=roles)
     return replace(start, info=info, weight=weight, scale=scale, prior=prior)
+
+
+def principal_axes(base: Checkpoint, hidden: Tensor, count: int) -> Tensor:
+    """The `count` axes `[r, m]` of a head's weights along which it matters most for the tasks with hidden states `[N,
+    d]`: principal components of what the weights multiply (on landmarks: in the kernel's own space). Moved by 1 along
+    all of them at random, logits move by about 1."""
+    features = base.features(hidden).double()
+    mixing = torch.eye(features.shape[1], dtype=torch.float64) if base.landmarks is None else whitening(base.landmarks)
+    inputs = features @ mixing
+    _, directions = torch.linalg.eigh(inputs.T @ inputs)
+    axes = (mixing @ directions[:, -count:]).T
+    return (axes / (features @ axes.T).square().sum(1).mean().sqrt()).float()
 
 
 def _inverse(spread: Tensor) -> Tensor:

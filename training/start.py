@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actors.errors import CheckpointError
+from actors.errors import CheckpointError, ConfigError
 from actors.model_files import EMBEDDED_ALIAS, ModelFiles, resolve_model
 from orchestrator.backbone import Device
-from orchestrator.head import FINAL, CheckpointInfo, PromptFormat, Read
+from orchestrator.head import FINAL, Checkpoint, CheckpointInfo, PromptFormat, Read
 from training.evolution import Settings
 from training.features import read_limit, task_states
 from training.fitness import Worth
 from training.outcomes import Task
-from training.policy import Policy
+from training.policy import AXES, Policy, principal_axes
 from training.rollout import Choose, Mode
 
 
@@ -51,9 +51,10 @@ class EvolveRun:
     nothing, and 16 for live sessions. At most `validation_tasks` of `val_split` validate (None: all recorded, 300
     live). `racing` stops hopeless candidates early (None: in live sessions with roles). `max_calls` and `budget_usd`
     count all runs of this folder and end a live one at its last whole generation; calls in flight then are cancelled,
-    and may have been paid for. `reward` replaces the tasks' own graders:
-    `module:function`, called with task and response. `singular` also evolves the singular values of that layer of the
-    backbone (0-based, negative from the end; recorded outcomes only): it then runs for every candidate and task.
+    and may have been paid for. `reward` replaces the tasks' own graders: `module:function`, called with task and
+    response. `axes` is how many principal axes of the head's features are searched along (0: every weight by itself;
+    None: 64 for a head on landmarks, else 0). `singular` also evolves the singular values of that layer of the backbone
+    (0-based, negative from the end; recorded outcomes only): it then runs for every candidate and task.
     """
 
     out: Path
@@ -83,6 +84,7 @@ class EvolveRun:
     concurrency: int | None = None
     max_calls: int | None = None
     budget_usd: float | None = None
+    axes: int | None = None
     singular: int | None = None
     reading: Reading = field(default_factory=Reading)
     address: str | None = None
@@ -125,6 +127,22 @@ def read(
     return list(states.split([len(group) for group in groups]))
 
 
+def policy_of(
+    settings: EvolveRun, base: Checkpoint, hidden: Tensor, singular: tuple[tuple[str, int], ...] = ()
+) -> Policy:
+    """What is searched: `base` is the start, `hidden [N, d]` are the training tasks.
+
+    Raises:
+        ConfigError: a number of axes below zero.
+    """
+    count = settings.axes
+    if count is None:
+        count = 0 if base.landmarks is None else AXES
+    if count < 0:
+        raise ConfigError(f"axes is {count}; it must be 0 or more")
+    return Policy(base, singular, principal_axes(base, hidden, count) if count else None)
+
+
 def backbone_files(info: CheckpointInfo, reading: Reading) -> ModelFiles:
     """Where the backbone that `info` names is.
 
@@ -155,7 +173,7 @@ def identity_of(
     for table in tables:
         digest.update(np.ascontiguousarray(table).tobytes())
     keys = ("mode", "size", "samples", "choose", "racing", "validate_every", "max_excluded", "max_turns", "max_tokens")
-    more = ("temperature", "guard", "reward", "singular")
+    more = ("temperature", "guard", "reward", "singular", "axes")
     return {key: getattr(settings, key) for key in (*keys, *more)} | {
         "search": str(settings.search),
         "worth": str(settings.worth),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from actors.errors import CheckpointError, DataError
 from orchestrator.head import Checkpoint, CheckpointInfo
 from orchestrator.landmarks import Landmarks
-from training.policy import Policy, from_checkpoint, from_zeros, rounded
+from training.policy import Policy, from_checkpoint, from_zeros, principal_axes, rounded
 
 INFO = CheckpointInfo(("a", "b", "c"), "backbone", "r1", trained={"method": "sft"})
 
@@ -62,9 +62,14 @@ def test_flat_vector_and_head_are_one(seed: int, roles: bool, singular: bool) ->
     assert np.array_equal(Policy(policy.checkpoint(other, {}), policy.singular).vector(), other)
 
 
-@given(st.integers(0, 1000), st.integers(1, 4), st.integers(1, 6), st.booleans())
-def test_a_population_at_once_is_each_by_itself(seed: int, candidates: int, tasks: int, landmarks: bool) -> None:
-    policy = Policy(near_landmarks(seed) if landmarks else checkpoint(seed))
+@given(st.integers(0, 1000), st.integers(1, 4), st.integers(1, 6), st.booleans(), st.integers(0, 3))
+def test_a_population_at_once_is_each_by_itself(
+    seed: int, candidates: int, tasks: int, landmarks: bool, axes: int
+) -> None:
+    base = near_landmarks(seed) if landmarks else checkpoint(seed)
+    many = torch.randn(30, 5, generator=torch.Generator().manual_seed(seed))
+    policy = Policy(base, axes=principal_axes(base, many, axes) if axes else None)
+    assert policy.size == 3 * (axes or base.weight.shape[1])
     rng = np.random.default_rng(seed)
     thetas = rounded(rng.normal(size=(candidates, policy.size)))
     hidden = torch.from_numpy(rng.normal(size=(tasks, 5)).astype(np.float32))
@@ -84,7 +89,7 @@ def test_a_start_keeps_its_decisions(scaled: bool) -> None:
     torch.testing.assert_close(logits[:, [1, 2, 0]], start.logits(hidden), rtol=1e-4, atol=1e-5)
     assert not logits[:, 3:].any()  # every turn a Worker's
     if not scaled:
-        spread = Policy(base).features(hidden)
+        spread = Policy(base).features(hidden)[:, 6:]
         np.testing.assert_allclose((spread**2).mean(0), 1, rtol=1e-4)
 
 
@@ -100,11 +105,25 @@ def test_a_start_on_landmarks_keeps_its_decisions_and_its_prior() -> None:
     assert Policy(base).checkpoint(Policy(base).vector() + 1, {}).prior is base.prior
 
 
+@pytest.mark.parametrize("landmarks", [True, False])
+def test_axes_start_at_the_base_and_move_what_matters(landmarks: bool) -> None:
+    base = near_landmarks(5) if landmarks else checkpoint(5)
+    hidden = torch.randn(200, 5, generator=torch.Generator().manual_seed(2))
+    policy = Policy(base, axes=principal_axes(base, hidden, 2))
+    assert not policy.vector().any()
+    torch.testing.assert_close(policy.checkpoint(policy.vector(), {}).weight, base.weight)
+    # Moved at random by about 1, logits move by about 1; the largest component moves most of that.
+    assert policy.axes is not None
+    moved = base.features(hidden) @ policy.axes.T
+    assert float(moved.square().sum(1).mean()) == pytest.approx(1, rel=1e-4)
+    assert float(moved[:, 1].square().mean()) > float(moved[:, 0].square().mean())
+
+
 def test_zeros_are_standardised_by_the_training_tasks() -> None:
     hidden = torch.randn(50, 5) * 7 + 3
     hidden[:, 2] = 4.0
     base = from_zeros(INFO, hidden)
-    spread = Policy(base).features(hidden)
+    spread = Policy(base).features(hidden)[:, 3:]
     np.testing.assert_allclose(spread.mean(0), 0, atol=1e-5)
     np.testing.assert_allclose(spread.std(0), [1, 1, 0, 1, 1], atol=1e-5)
     assert not base.weight.any()
