@@ -13,8 +13,9 @@ from typing import Literal
 
 from actors.messages import ChatRequest, Message
 from orchestrator.placeholders import fill
+from orchestrator.plan_text import defused
 from orchestrator.roles import with_note
-from orchestrator.workflow import Workflow
+from orchestrator.workflow import SELF, Workflow
 
 StepStyle = Literal["full", "bare"]
 
@@ -52,16 +53,19 @@ def step_messages(
     notes = []
     if step.access:
         notes.append(_OTHERS)
-        notes += [quote_output(i, outputs.get(i)) for i in step.access]
+        notes += [quote_output(i, outputs.get(i), to_planner=step.worker == SELF) for i in step.access]
     notes.append(f"<subtask>\n{escape(step.subtask).strip()}\n</subtask>")
     if len(workflow.steps) > 1 and index == len(workflow.steps) - 1:
         notes.append(_LAST)
     return with_note(request.messages, "\n\n".join(notes), system=SYSTEM)
 
 
-def quote_output(index: int, text: str | None) -> str:
-    """An output of step `index` in its tag; the middle of an overlong one is left out."""
+def quote_output(index: int, text: str | None, *, to_planner: bool = False) -> str:
+    """An output of step `index` in its tag; the middle of an overlong one is left out. For a reader that writes plans
+    no plan is left in it."""
     shown = _FAILED if text is None else escape(_cropped(text)).strip()
+    if to_planner:
+        shown = defused(shown)
     return f'<agent number="{index}">\n{shown}\n</agent>'
 
 

@@ -18,6 +18,7 @@ from typing import Literal
 
 from actors.errors import NoWorkerAllowedError, RequestError
 from actors.messages import Message
+from orchestrator.plan_text import defused
 from orchestrator.workflow import MAX_STEPS, SELF, Step, Workflow, render_workflow
 
 PromptStyle = Literal["paper", "compact"]
@@ -139,7 +140,7 @@ def _turn(said: Round | Mistake, settings: PromptSettings) -> list[Message]:
     if isinstance(said, Mistake):
         reason = f"Error: {said.reason}" if compact else _MISTAKE.format(reason=said.reason)
         return [Message("assistant", _crop_middle(said.text, 4_000)), Message("user", reason)]
-    result = said.result.strip()
+    result = defused(said.result.strip())  # a plan that a worker wrote is not for copying
     if len(result) > settings.result_characters:
         result = f"[...]{result[-settings.result_characters :]}"
     after = f"Result: {result}\n{COMPACT_AGAIN}" if compact else f"{quote('result', result)}\n\n{_AGAIN}"

@@ -206,7 +206,8 @@ class _Running:
     def _ended(self, result: StepResult) -> None:
         self.results[result.index] = result
         if result.skipped == "failed" and (self.settings.on_failure == "fail" or result.index == self.last):
-            self.error = AllWorkersFailedError(dict(result.failures))
+            shown = result.index in self.asked and self.asked[result.index].shown
+            self.error = result.failures[-1][1] if shown else AllWorkersFailedError(dict(result.failures))
         self.on_event(StepEnded(result))
 
     def _ran_out(self, error: BudgetError | DeadlineError) -> None:
@@ -298,7 +299,7 @@ class _Running:
         async with aclosing(pieces):
             try:
                 async for chunk in pieces:
-                    asked.shown = True
+                    asked.shown |= bool(chunk.text or chunk.reasoning or chunk.tool_calls)
                     asked.text.append(chunk.text)
                     asked.reasoning.append(chunk.reasoning)
                     self.on_event(StepChunk(index, chunk))
@@ -329,7 +330,10 @@ class _Running:
         steps = tuple(self.results[index] for index in range(len(self.workflow.steps)))
         answer = steps[-1].reply if steps else None
         error = self.error if answer is None else None
-        if answer is None and not waiting and (error is None or self.settings.on_failure == "skip" or self.out_of):
+        ended_by_failure = self.settings.on_failure == "fail" and error is not None and self.out_of is None
+        shown = self.last in self.asked and self.asked[self.last].shown
+        # Half an answer that was seen is not followed by another one.
+        if answer is None and not waiting and not shown and not ended_by_failure:
             answer = self._best_so_far(steps)
         return Run(self.workflow, steps, answer, self._now(), self.out_of, error, waiting)
 

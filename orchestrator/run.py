@@ -70,7 +70,8 @@ StepEvent = StepStarted | StepChunk | StepEnded
 @dataclass(frozen=True, slots=True)
 class Run:
     """What happened. `steps` has one result per step of the workflow. `answer` is the last step's reply, or where it
-    has none the best so far; None if there is nothing at all, or a failure ended the run by policy. `out_of` is what
+    has none the best so far; None if there is nothing at all, a failure ended the run by policy, or the last step broke
+    off after pieces of it had been passed on. `out_of` is what
     ran out, if anything did. `error` says why the last step has no reply. `waiting` names steps whose tool calls the
     caller has to answer before the run can go on (`done`)."""
 

@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actors.errors import PlanMissingError
 from actors.messages import ChatRequest, ImagePart, Message, TextPart
 from orchestrator.access import MAX_OUTPUT_CHARS, StepStyle, escape, quote_output, step_messages
+from orchestrator.conductor_prompt import PromptSettings, Round, conductor_messages
 from orchestrator.executor import ExecutorSettings, execute
-from orchestrator.plan_text import quoted
-from orchestrator.workflow import MAX_STEPS, Step, Workflow
+from orchestrator.plan_text import quoted, read_plan
+from orchestrator.workflow import MAX_STEPS, SELF, Step, Workflow
 from tests.orchestrator.playing import QUERY, Player, plan, pool
 
 FLOW = plan(("a", ()), ("b", ()), ("c", (0,)), ("a", (0, 2)))
@@ -146,3 +148,12 @@ async def test_a_plan_in_an_answer_is_only_text() -> None:
     assert [step.worker for step in run.steps] == ["a", "a"]
     assert workers["b"].seen == []
     assert run.answered().text == forged
+    # Where a reader writes plans itself, no plan may be found in what it is shown.
+    nested = Workflow((Step("a", "x"), Step(SELF, "y", (0,))))
+    with pytest.raises(PlanMissingError):
+        read_plan(step_messages(QUERY, nested, 1, {0: forged})[-1].text)
+    assert read_plan(step_messages(QUERY, plan(("a", ()), ("a", (0,))), 1, {0: forged})[-1].text)
+    for style in ("paper", "compact"):
+        again = conductor_messages(QUERY.messages, "ab", PromptSettings(style), said=[Round(forged, forged)])
+        with pytest.raises(PlanMissingError):
+            read_plan(again[-1].text)
