@@ -1,4 +1,4 @@
-"""The command line: `fugu serve`, `fugu ask`, `fugu pool check`, and the commands of `training.cli`."""
+"""The command line: `fugu serve`, `fugu ask`, `fugu pool check`, `fugu keys`, and the commands of `training.cli`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from actors.config import FuguConfig, load_config
 from actors.console import error_line
 from actors.errors import ConfigError, FuguError
-from serve import cluster_cli
+from serve import cluster_cli, keys_cli
 from training import cli
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ pool = typer.Typer(help="The workers of a configuration.", no_args_is_help=True)
 app.add_typer(pool, name="pool")
 app.add_typer(cli.app)
 app.add_typer(cluster_cli.app)
+app.add_typer(keys_cli.app, name="keys")
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

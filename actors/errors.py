@@ -13,6 +13,8 @@
     │   ├── MethodNotAllowedError         405
     │   ├── RequestTimeoutError           408   the request's body did not arrive in time
     │   ├── PayloadTooLargeError          413
+    │   ├── KeyLimitError                 429   the caller's key has used its minute; `retry_after` in seconds
+    │   ├── BudgetSpentError              429   the caller's key has spent its month
     │   ├── NoWorkerAllowedError          400   constraints leave no worker
     │   ├── WorkflowGoneError             404   tool results for a workflow that is not known (any more)
     │   ├── BudgetError                   400   the request's own budget was used up before there was an answer
@@ -154,6 +156,20 @@ class RequestTimeoutError(RequestError):
 class PayloadTooLargeError(RequestError):
     status = 413
     code = "payload_too_large"
+
+
+class KeyLimitError(RequestError):
+    status = 429
+    type = "rate_limit_error"
+    code = "key_limit_exceeded"
+
+
+class BudgetSpentError(RequestError):
+    """Coming again soon does not help."""
+
+    status = 429
+    type = "insufficient_quota"
+    code = "insufficient_quota"
 
 
 class NoWorkerAllowedError(RequestError):

@@ -22,10 +22,14 @@ def pricing(spec: WorkerSpec) -> Pricing:
     price = spec.price
     if price is not None:
         return lambda usage: price_of(usage, price)
+    return _listed(spec) if has_price(spec) else lambda _usage: None
+
+
+def has_price(spec: WorkerSpec) -> bool:
+    """Whether the configuration has its price, or it is at a public address where the list may."""
     host = urlsplit(spec.url).hostname or ""
-    if spec.provider not in _LISTED or "." not in host or host.replace(".", "").isdigit():
-        return lambda _usage: None  # nobody's public endpoint
-    return _listed(spec)
+    public = "." in host and not host.replace(".", "").isdigit()
+    return spec.price is not None or (spec.provider in _LISTED and public)
 
 
 def price_of(usage: Usage, price: Price) -> float:

@@ -1,4 +1,4 @@
-"""Who may call: bearer keys, compared in constant time, and the rule for public addresses."""
+"""Who may call: bearer keys, and the rule for public addresses."""
 
 from __future__ import annotations
 
@@ -9,24 +9,42 @@ import socket
 from dataclasses import dataclass
 
 from actors.config import ServeConfig
-from actors.errors import AuthenticationError, ConfigError
+from actors.errors import AuthenticationError, ConfigError, PermissionDeniedError
+from serve.keys import Key, KeyBook
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whose request it is: a stable id of the key ("" where none is needed), under which what it keeps is found."""
+    """Whose request it is: a stable id of the key ("" where none is needed), under which what it keeps is found, and
+    the key, where it was created with limits of its own (`serve.keys`)."""
 
     id: str = ""
+    key: Key | None = None
+
+    def check_model(self, model: str) -> None:
+        """Raises:
+        PermissionDeniedError: the key may not use this model.
+        """
+        if self.key is not None and self.key.models is not None and model not in self.key.models:
+            allowed = ", ".join(sorted(self.key.models))
+            raise PermissionDeniedError(f"model: this key may use {allowed or 'none'}", param="model")
 
 
 ANYONE = Caller()
 
 
 class Keys:
-    """The configured API keys, kept as digests. Without any, every request may pass."""
+    """The keys of the configuration, kept as digests, and those of the book. Without any, every request may pass."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, book: KeyBook | None = None) -> None:
         self._digests = tuple(_digest(key.get_secret_value().encode()) for key in config.api_keys)
+        self.book = book
+
+    async def enter(self, authorization: bytes | None) -> Caller:
+        """As `check`, with the keys of the book as they are now."""
+        if self.book is not None:
+            await self.book.refresh()
+        return self.check(authorization)
 
     def check(self, authorization: bytes | None) -> Caller:
         """Let a request with one of the keys pass; whose it is.
@@ -34,7 +52,7 @@ class Keys:
         Raises:
             AuthenticationError: no `Authorization: Bearer` header, or a key that is not ours.
         """
-        if not self._digests:
+        if not self._digests and (self.book is None or not self.book.any):
             return ANYONE
         scheme, _, key = (authorization or b"").partition(b" ")
         if scheme.lower() != b"bearer" or not key.strip():
@@ -42,9 +60,12 @@ class Keys:
         given = _digest(key.strip())
         # Every key is compared, so that the time taken does not tell which one came close.
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        if not any(matches):
+        if any(matches):
+            return Caller(given.hex()[:32])
+        found = self.book.find(key.strip()) if self.book is not None else None
+        if found is None:
             raise AuthenticationError("the API key is not one of this server's keys")
-        return Caller(given.hex()[:32])
+        return Caller(found.id, found)
 
 
 def check_bind(config: ServeConfig) -> None:
@@ -56,9 +77,11 @@ def check_bind(config: ServeConfig) -> None:
     """
     if config.api_keys or config.allow_public_without_keys or is_loopback(config.host):
         return
+    if any(key.revoked is None for key, _ in KeyBook().list()):
+        return
     raise ConfigError(
         f"serve.host {config.host} can be reached from other machines, but serve.api_keys is empty: whoever finds "
-        "the port would use your providers. Set serve.api_keys, bind 127.0.0.1, or set "
+        "the port would use your providers. Run `fugu keys create`, set serve.api_keys, bind 127.0.0.1, or set "
         "serve.allow_public_without_keys: true if that is what you want"
     )
 

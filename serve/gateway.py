@@ -38,6 +38,7 @@ from serve.api.ultra import ULTRA, UltraEngine
 from serve.api.wishes import WishReader
 from serve.auth import Keys
 from serve.conductor import Conducting, conducting, why_no_conductor
+from serve.keys import KeyBook
 from serve.memory import ActorStore
 from serve.router import Decider, OrderDecider, RouterClient
 from serve.schema import ChatBody
@@ -74,7 +75,7 @@ class Gateway:
             absent[ULTRA] = ultra
         else:
             engines[ULTRA] = UltraEngine(deciding, *ultra)
-        keys, wishes = Keys(config.serve), WishReader(config)
+        keys, wishes = Keys(config.serve, KeyBook()), WishReader(config)
         store = SqliteStore(state_dir() / "conversations.sqlite") if config.serve.store else None
         conversations = Conversations(store, config.serve.store_days * DAY)
         background = Background(conversations, config.serve.request_timeout)
@@ -84,7 +85,7 @@ class Gateway:
             for dialect in dialects
         }
         self._endpoints[COUNT_PATH] = CountEndpoint(MessagesDialect(), keys, config.serve, count_tokens)
-        self._rest = _rest(config, readiness, absent, conversations)
+        self._rest = _rest(config, readiness, absent, conversations, keys)
         self._limit = config.serve.max_ongoing_requests
         self._ongoing = 0
         # Serve names its metrics after the route that matches; the busiest first.
@@ -152,10 +153,11 @@ class GatewayReplica:
         return None if failure is None else f"failed: {failure.message}"
 
 
-def _rest(config: FuguConfig, readiness: Readiness, absent: Mapping[str, str], conversations: Conversations) -> FastAPI:
+def _rest(
+    config: FuguConfig, readiness: Readiness, absent: Mapping[str, str], conversations: Conversations, keys: Keys
+) -> FastAPI:
     """Everything but the hot path."""
     app = FastAPI(title="fugu", version="1", redirect_slashes=False)
-    keys = Keys(config.serve)
     created = int(time.time())
 
     def answer(body: Any, status: int = 200) -> Response:
@@ -163,13 +165,13 @@ def _rest(config: FuguConfig, readiness: Readiness, absent: Mapping[str, str], c
 
     @app.get("/v1/models", summary="The models that are served and their workers")
     async def models(request: Request) -> Response:
-        keys.check(headers_of(request.scope).get(b"authorization"))
-        return answer(models_body(config, created, absent))
+        caller = await keys.enter(_credential(request))
+        return answer(models_body(config, created, absent, caller))
 
     @app.get("/v1/models/{name}", summary="One model")
     async def model(name: str, request: Request) -> Response:
-        keys.check(headers_of(request.scope).get(b"authorization"))
-        return answer(one_model_body(config, created, name, absent))
+        caller = await keys.enter(_credential(request))
+        return answer(one_model_body(config, created, name, absent, caller))
 
     @app.get("/healthz", summary="Whether this process answers")
     async def healthz() -> Response:
@@ -203,6 +205,12 @@ def _rest(config: FuguConfig, readiness: Readiness, absent: Mapping[str, str], c
     app.add_exception_handler(HTTPException, _on_error)
     app.add_exception_handler(Exception, _on_error)
     return app
+
+
+def _credential(request: Request) -> bytes | None:
+    """OpenAI's header, or Anthropic's: their clients ask on the same path."""
+    headers = headers_of(request.scope)
+    return MessagesDialect().credential(headers)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from actors.errors import FuguError
-from actors.messages import ChatReply
+from actors.messages import ChatReply, Usage
 from orchestrator.dispatch import Attempt, Record
 from serve.translate import usage_body
 
@@ -26,9 +26,18 @@ class Choice:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a completed call took; `usd` is None where its price is unknown."""
+
+    usage: Usage
+    usd: float | None
+
+
 @dataclass(slots=True)
 class Trace:
-    """Gathered while a request runs. All times in seconds. `turns` is of a session (`serve.api.session`), else None."""
+    """Gathered while a request runs. All times in seconds. `turns` is of a session (`serve.api.session`), else None.
+    `spent` are the calls that were completed, for who must know of them though no answer came."""
 
     request_id: str
     started: float
@@ -36,6 +45,7 @@ class Trace:
     record: Record = field(default_factory=Record)
     dropped: tuple[str, ...] = ()
     turns: list[dict[str, Any]] | None = None
+    spent: list[Spent] = field(default_factory=list)
     workflow: dict[str, Any] | None = None
 
     def body(self, reply: ChatReply | None, now: float, error: FuguError | None = None) -> dict[str, Any]:

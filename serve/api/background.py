@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 
 from actors.errors import DeadlineError, FuguError
 from serve.api.conversations import Conversations
 from serve.api.http import where_of
-from serve.api.job import Done, Engine, Job
+from serve.api.job import Done, Engine, Event, Job
 from serve.api.responses import ResponsesExchange
+from serve.metering import Metered, noted
 
 log = logging.getLogger("fugu.gateway")
 
@@ -26,17 +28,17 @@ class Background:
         self._limit = limit
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def start(self, job: Job, exchange: ResponsesExchange, engine: Engine) -> bytes:
+    async def start(self, job: Job, exchange: ResponsesExchange, engine: Engine, metered: Metered | None) -> bytes:
         """Begin; the body to answer with."""
         await self._conversations.beat(exchange.id, exchange.caller)
         body = await exchange.keep_as("in_progress")
-        task = asyncio.create_task(self._make(job, exchange, engine))
+        task = asyncio.create_task(self._make(job, exchange, engine, metered))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return body
 
-    async def _make(self, job: Job, exchange: ResponsesExchange, engine: Engine) -> None:
-        making = asyncio.create_task(self._answer(job, exchange, engine))
+    async def _make(self, job: Job, exchange: ResponsesExchange, engine: Engine, metered: Metered | None) -> None:
+        making = asyncio.create_task(self._answer(exchange, noted(engine.run(job), metered)))
         try:
             while not making.done():
                 await asyncio.wait((making,), timeout=_LOOK_SECONDS)
@@ -47,11 +49,13 @@ class Background:
             making.cancel()
             with suppress(asyncio.CancelledError):
                 await making
+            if metered is not None:
+                await metered.settle(job.trace)
 
-    async def _answer(self, job: Job, exchange: ResponsesExchange, engine: Engine) -> None:
+    async def _answer(self, exchange: ResponsesExchange, events: AsyncGenerator[Event, None]) -> None:
         try:
             try:
-                async with asyncio.timeout(self._limit), aclosing(engine.run(job)) as events:
+                async with asyncio.timeout(self._limit), aclosing(events):
                     async for event in events:
                         if isinstance(event, Done) and not await exchange.was_cancelled():
                             await exchange.keep(event)

@@ -26,6 +26,7 @@ from serve.api.models import check_served
 from serve.api.responses import ResponsesExchange
 from serve.api.wishes import WishReader
 from serve.auth import Caller, Keys
+from serve.metering import Metered, admit, noted
 from serve.schema import FuguBody
 from serve.trace import Trace
 
@@ -117,23 +118,27 @@ class Endpoint:
         trace = Trace(request_id(headers), time.perf_counter())
         answer = _Answer(send, self._dialect, trace.request_id)
         traced = False
+        metered: Metered | None = None
         try:
-            caller = self._keys.check(self._dialect.credential(headers))
+            caller = await self._keys.enter(self._dialect.credential(headers))
             _check_content_type(headers)
             raw = await read_body(headers, receive, self._config.max_body_bytes)
             exchange = await self._dialect.read(raw, trace.request_id, caller)
             check_served(exchange.model, self._absent)
-            wishes = self._wishes.read(exchange.fugu or FuguBody(), headers)
+            caller.check_model(exchange.model)
+            wishes = self._wishes.read(exchange.fugu or FuguBody(), headers, caller)
             traced = wishes.trace
             request, trace.dropped = exchange.request()
-            job = Job(exchange.model, request, wishes, trace, exchange.stream)
+            job = Job(exchange.model, request, wishes, trace, exchange.stream, caller)
+            metered = await admit(self._keys.book, caller, request)
             if isinstance(exchange, ResponsesExchange) and exchange.background:
-                await answer.whole(await self._background.start(job, exchange, self._engines[job.model]))
+                await answer.whole(await self._background.start(job, exchange, self._engines[job.model], metered))
+                metered = None  # settled when it is made
                 return
             limit = self._config.request_timeout
             try:
                 async with asyncio.timeout(limit):
-                    await self._answer(job, exchange, answer)
+                    await self._answer(job, exchange, answer, metered)
             except TimeoutError:
                 raise DeadlineError(f"no complete answer within {limit:g} s") from None
         except FuguError as error:
@@ -146,13 +151,15 @@ class Endpoint:
             await answer.fail(FuguError("internal error; the server's log has more"), trace if traced else None)
         finally:
             self._deciding.resting.learn(trace.record)
+            if metered is not None:
+                await metered.settle(trace)
 
     async def refuse(self, scope: Scope, send: Send, error: FuguError) -> None:
         """Answer with an error and do nothing."""
         await _Answer(send, self._dialect, request_id(headers_of(scope))).fail(error, None)
 
-    async def _answer(self, job: Job, exchange: Exchange, answer: _Answer) -> None:
-        events = self._engines[job.model].run(job)
+    async def _answer(self, job: Job, exchange: Exchange, answer: _Answer, metered: Metered | None) -> None:
+        events = noted(self._engines[job.model].run(job), metered)
         if not exchange.stream:
             async with aclosing(events):
                 async for event in events:
@@ -191,7 +198,7 @@ class CountEndpoint:
         headers = headers_of(scope)
         answer = _Answer(send, self._dialect, request_id(headers))
         try:
-            self._keys.check(self._dialect.credential(headers))
+            await self._keys.enter(self._dialect.credential(headers))
             _check_content_type(headers)
             await answer.whole(self._count(await read_body(headers, receive, self._config.max_body_bytes)))
         except FuguError as error:

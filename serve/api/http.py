@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from actors.errors import FuguError, PayloadTooLargeError, RequestError, RequestTimeoutError
+from actors.errors import BudgetSpentError, FuguError, PayloadTooLargeError, RequestError, RequestTimeoutError
 from serve.translate import dumps
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
@@ -79,6 +79,9 @@ async def send_error(
     extra: list[tuple[bytes, bytes]] = []
     if error.retry_after is not None:
         extra.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
+    if isinstance(error, BudgetSpentError):
+        # OpenAI's and Anthropic's clients try a 429 again unless they are told not to.
+        extra.append((b"x-should-retry", b"false"))
     if error.http_status == 401:
         extra.append((b"www-authenticate", b"Bearer"))
     if error.http_status in (408, 413):

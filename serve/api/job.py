@@ -17,6 +17,7 @@ from actors.config import FuguConfig, RouterConfig
 from actors.errors import ContextLengthError
 from actors.messages import ChatReply, ChatRequest, Chunk, Usage, Worker
 from orchestrator.dispatch import Resting, rank
+from serve.auth import ANYONE, Caller
 from serve.conductor import Knobs
 from serve.router import Choose, Decider, Question
 from serve.trace import Choice, Trace
@@ -40,13 +41,14 @@ class Wishes:
 @dataclass(frozen=True, slots=True)
 class Job:
     """One request on its way. `model` is the served model; `stream`: pieces are wanted as they come, else one `Done`
-    is enough. The engine fills `trace` as it goes."""
+    is enough. The engine fills `trace` as it goes. What is kept for it belongs to `caller`."""
 
     model: str
     request: ChatRequest
     wishes: Wishes
     trace: Trace
     stream: bool
+    caller: Caller = ANYONE
 
 
 @dataclass(frozen=True, slots=True)

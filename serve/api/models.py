@@ -9,23 +9,30 @@ from actors.config import FuguConfig
 from actors.errors import UnknownModelError
 from serve.api.session import TRINITY
 from serve.api.ultra import ULTRA
+from serve.auth import ANYONE, Caller
+from serve.keys import Key
 
 MODEL = "fugu"
 MODELS = (MODEL, TRINITY, ULTRA)
 
 
-def models_body(config: FuguConfig, created: int, absent: Mapping[str, str]) -> dict[str, Any]:
-    """`absent` says of each model that is not served here why."""
-    served = [_model(name, config, created) for name in MODELS if name not in absent]
+def models_body(config: FuguConfig, created: int, absent: Mapping[str, str], caller: Caller = ANYONE) -> dict[str, Any]:
+    """The models that the caller may use. `absent` says of each model that is not served here why."""
+    names = [name for name in MODELS if name not in absent]
+    served = [_model(name, config, created, caller.key) for name in names if _may_use(caller.key, name)]
     return {"object": "list", "data": served}
 
 
-def one_model_body(config: FuguConfig, created: int, name: str, absent: Mapping[str, str]) -> dict[str, Any]:
+def one_model_body(
+    config: FuguConfig, created: int, name: str, absent: Mapping[str, str], caller: Caller = ANYONE
+) -> dict[str, Any]:
     """Raises:
     UnknownModelError: it is not a model that is served.
+    PermissionDeniedError: the caller may not use it.
     """
     check_served(name, absent)
-    return _model(name, config, created)
+    caller.check_model(name)
+    return _model(name, config, created, caller.key)
 
 
 def check_served(name: str, absent: Mapping[str, str]) -> None:
@@ -39,6 +46,11 @@ def check_served(name: str, absent: Mapping[str, str]) -> None:
         raise UnknownModelError(f"model: {name[:64]!r} is not served here; use {names}", param="model")
 
 
-def _model(name: str, config: FuguConfig, created: int) -> dict[str, Any]:
-    workers = [{"name": spec.name, "tags": list(spec.tags)} for spec in config.active]
+def _may_use(key: Key | None, model: str) -> bool:
+    return key is None or key.models is None or model in key.models
+
+
+def _model(name: str, config: FuguConfig, created: int, key: Key | None) -> dict[str, Any]:
+    allowed = [spec for spec in config.active if key is None or key.workers is None or spec.name in key.workers]
+    workers = [{"name": spec.name, "tags": list(spec.tags)} for spec in allowed]
     return {"id": name, "object": "model", "created": created, "owned_by": "fugu-ray", "workers": workers}

@@ -17,28 +17,28 @@ def add_routes(app: FastAPI, conversations: Conversations, keys: Keys) -> None:
     def answer(body: Any) -> Response:
         return Response(dumps(body), media_type="application/json")
 
-    def caller(request: Request) -> Caller:
-        return keys.check(headers_of(request.scope).get(b"authorization"))
+    async def caller(request: Request) -> Caller:
+        return await keys.enter(headers_of(request.scope).get(b"authorization"))
 
     @app.get("/v1/responses/{id}", summary="A response that was kept")
     async def retrieve(id: str, request: Request) -> Response:
-        whose = caller(request)
+        whose = await caller(request)
         if request.query_params.get("stream") == "true":
             raise RequestError("stream: a response that was made cannot be streamed again", param="stream")
         return answer(await conversations.shown(id, whose))
 
     @app.delete("/v1/responses/{id}", summary="Forget a response")
     async def delete(id: str, request: Request) -> Response:
-        await conversations.delete(id, caller(request))
+        await conversations.delete(id, await caller(request))
         return answer({"id": id, "object": "response", "deleted": True})
 
     @app.post("/v1/responses/{id}/cancel", summary="Stop a response that is made in the background")
     async def cancel(id: str, request: Request) -> Response:
-        return answer(await conversations.cancel(id, caller(request)))
+        return answer(await conversations.cancel(id, await caller(request)))
 
     @app.get("/v1/responses/{id}/input_items", summary="What a response was made from")
     async def input_items(id: str, request: Request) -> Response:
-        whose, query = caller(request), request.query_params
+        whose, query = await caller(request), request.query_params
         limit = query.get("limit", "20")
         if not limit.isdigit() or len(limit) > 9:
             raise RequestError("limit: must be a whole number", param="limit")

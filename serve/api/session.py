@@ -14,11 +14,11 @@ from actors.config import RouterConfig
 from actors.errors import FuguError
 from actors.messages import ChatReply, ChatRequest, Chunk, Message, ToolCallDelta, Usage, Worker
 from orchestrator.coordinator import Session, Turn, play
-from orchestrator.dispatch import Attempt, Record, rank
+from orchestrator.dispatch import Attempt, rank
 from orchestrator.roles import answer_text
 from serve.api.job import Deciding, Done, Event, Job
 from serve.sticky import Marks, marked_chunk, marked_reply
-from serve.trace import Choice, Trace
+from serve.trace import Choice, Spent, Trace
 from serve.translate import tokens_body, usage_body
 
 TRINITY = "fugu-trinity"
@@ -93,7 +93,7 @@ class Playing:
             FuguError: no worker could answer, or (without the guard) no Worker acted.
         """
         began = time.perf_counter()
-        watched = {name: _Watched(worker, self.trace.record, began) for name, worker in self.workers.items()}
+        watched = {name: _Watched(worker, self.trace, began) for name, worker in self.workers.items()}
         try:
             await play(
                 self.request,
@@ -193,10 +193,10 @@ class Playing:
 class _Watched:
     """A worker whose calls are noted."""
 
-    def __init__(self, worker: Worker, record: Record, began: float) -> None:
+    def __init__(self, worker: Worker, trace: Trace, began: float) -> None:
         self.name = worker.name
         self._worker = worker
-        self._record = record
+        self._trace = trace
         self._began = began
 
     async def complete(self, request: ChatRequest) -> ChatReply:
@@ -207,6 +207,7 @@ class _Watched:
             self._note(started, None, error)
             raise
         self._note(started, reply.timing.queued_s + reply.timing.first_byte_s, None)
+        self._trace.spent.append(Spent(reply.usage, reply.cost_usd))
         return reply
 
     def stream(self, request: ChatRequest) -> AsyncIterator[Chunk]:
@@ -214,7 +215,7 @@ class _Watched:
 
     def _note(self, started: float, first_byte: float | None, error: FuguError | None) -> None:
         seconds = time.perf_counter() - started
-        self._record.attempts.append(Attempt(self.name, started - self._began, seconds, first_byte, error))
+        self._trace.record.attempts.append(Attempt(self.name, started - self._began, seconds, first_byte, error))
 
 
 def _shown(turn: Turn) -> str:

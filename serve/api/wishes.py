@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from actors.config import FuguConfig
 from actors.errors import NoWorkerAllowedError, RequestError
+from actors.prices import has_price
 from serve.api.job import Wishes
+from serve.auth import ANYONE, Caller
 from serve.conductor import Knobs
+from serve.keys import Key
 from serve.schema import FuguBody
 
 
@@ -17,11 +20,13 @@ class WishReader:
     def __init__(self, config: FuguConfig) -> None:
         self._names = tuple(spec.name for spec in config.active)
         self._tags = {spec.name: frozenset(spec.tags) for spec in config.active}
+        self._priced = frozenset(spec.name for spec in config.active if has_price(spec))
         self._disabled = config.disabled
         self._choose = config.router.choose
 
-    def read(self, body: FuguBody, headers: Mapping[bytes, bytes]) -> Wishes:
-        """Body and headers narrow the pool together: a proxy's header cannot be widened by the body, nor the reverse.
+    def read(self, body: FuguBody, headers: Mapping[bytes, bytes], caller: Caller = ANYONE) -> Wishes:
+        """Key, body and headers narrow the pool together: none can be widened by another. A key with a budget can use
+        workers whose price is known.
 
         Raises:
             RequestError: an unknown worker or a malformed header; `param` names it.
@@ -32,7 +37,7 @@ class WishReader:
             ("x-fugu-", _listed(headers, b"x-fugu-allow"), _listed(headers, b"x-fugu-deny") or (),
              _listed(headers, b"x-fugu-tags") or ()),
         )  # fmt: skip
-        allowed = list(self._names)
+        allowed = self._of_key(caller.key) if caller.key is not None else list(self._names)
         for where, allow, deny, tags in asks:
             if allow is not None:
                 self._check_known(allow, f"{where}allow")
@@ -61,6 +66,20 @@ class WishReader:
                 body.max_calls,
             ),
         )
+
+    def _of_key(self, key: Key) -> list[str]:
+        allowed = [name for name in self._names if key.workers is None or name in key.workers]
+        if not allowed:
+            raise NoWorkerAllowedError("fugu: this key may use none of the workers here", param="fugu")
+        if key.monthly_usd is not None:
+            allowed = [name for name in allowed if name in self._priced]
+            if not allowed:
+                raise NoWorkerAllowedError(
+                    "fugu: this key has a budget, and no worker that it may use has a known price; set `price` in the "
+                    "configuration",
+                    param="fugu",
+                )
+        return allowed
 
     def _check_known(self, names: Sequence[str], param: str) -> None:
         for name in names:

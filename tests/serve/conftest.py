@@ -16,6 +16,11 @@ KEY = "serve-test-key-7f3a9c"
 UPSTREAM_KEY = "upstream-secret-51d2e8"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_state(state_dir: Path) -> None:
+    """Keys and conversations of whoever runs the tests are not theirs to see."""
+
+
 @pytest.fixture(scope="session")
 def upstream() -> Iterator[LoopbackProvider]:
     """Stands for the provider of both servers; it wants the key that is in their environment."""

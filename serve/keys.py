@@ -1,0 +1,227 @@
+"""API keys that were created with `fugu keys create`: what each may use, how much, and what it has used.
+
+A key itself is shown once and never kept, only its SHA-256 (it is 256 random bits, so nobody finds it from that). Keys
+and usage are in SQLite in the state folder, shared by the gateways of a machine and kept over restarts; a gateway sees
+a new or revoked key within a second. Limits hold across gateways: every metered request is one short transaction before
+and one after it, off the event loop. A request reserves the tokens it may use and is settled with those it did.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import sqlite3
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from actors.errors import BudgetSpentError, ConfigError, KeyLimitError, RequestError
+from actors.journal import state_dir
+from actors.messages import Usage
+from serve.store import Database
+
+PREFIX = "fugu-"
+WINDOW_SECONDS = 60.0
+_LOOK_SECONDS = 1.0
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS keys (
+    id TEXT PRIMARY KEY, name TEXT NOT NULL, digest BLOB NOT NULL UNIQUE, models TEXT, workers TEXT,
+    requests_per_minute INTEGER, tokens_per_minute INTEGER, monthly_usd REAL,
+    created REAL NOT NULL, revoked REAL
+);
+CREATE TABLE IF NOT EXISTS usage (
+    key TEXT NOT NULL, month TEXT NOT NULL, requests INTEGER NOT NULL, input INTEGER NOT NULL, cached INTEGER NOT NULL,
+    output INTEGER NOT NULL, reasoning INTEGER NOT NULL, usd REAL NOT NULL, unpriced INTEGER NOT NULL,
+    PRIMARY KEY (key, month)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS recent (
+    id INTEGER PRIMARY KEY, key TEXT NOT NULL, at REAL NOT NULL, tokens INTEGER NOT NULL
+);
+CREATE INDEX IF NOT EXISTS recent_key ON recent (key, at);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key as it is kept. `models` and `workers` are what it may use, None everything; limits None are none;
+    `monthly_usd` is spent anew every calendar month (UTC). Times in seconds since 1970."""
+
+    id: str
+    name: str
+    models: frozenset[str] | None = None
+    workers: frozenset[str] | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    monthly_usd: float | None = None
+    created: float = 0.0
+    revoked: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """What a key used in a month. `unpriced` counts requests whose cost is unknown and so not in `usd`."""
+
+    requests: int = 0
+    usage: Usage = field(default_factory=Usage)
+    usd: float = 0.0
+    unpriced: int = 0
+
+
+class KeyBook:
+    """The keys of a state folder. `clock`: seconds since 1970."""
+
+    def __init__(self, path: Path | None = None, *, clock: Callable[[], float] = time.time) -> None:
+        self._path = path or state_dir() / "keys.sqlite"
+        self._database = Database(self._path, _SCHEMA)
+        self._clock = clock
+        self._by_digest: dict[bytes, Key] = {}
+        self._looked = float("-inf")
+        self.any = False
+        """Whether keys were ever created: then a key is needed, though all may be revoked by now."""
+
+    # Looking up
+
+    async def refresh(self) -> None:
+        """See keys that another process created or revoked; at most once a second."""
+        now = time.monotonic()
+        if now - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = now
+        if self._path.exists():
+            self._learn(await self._database.run(_all))
+
+    def _learn(self, rows: Iterable[tuple[bytes, Key]]) -> None:
+        rows = list(rows)
+        self.any = bool(rows)
+        self._by_digest = {digest: key for digest, key in rows if key.revoked is None}
+
+    def find(self, secret: bytes) -> Key | None:
+        """The key with this secret, if it is not revoked."""
+        return self._by_digest.get(hashlib.sha256(secret).digest())
+
+    # Metering
+
+    async def admit(self, key: Key, tokens: int) -> int:
+        """Reserve a request of so many tokens; a number to settle it with.
+
+        Raises:
+            KeyLimitError: the key's requests or tokens of this minute are used; says when to come again.
+            BudgetSpentError: its money of this month is spent.
+            RequestError: it alone is more than the key's tokens per minute.
+        """
+        if key.tokens_per_minute is not None and tokens > key.tokens_per_minute:
+            raise RequestError(
+                f"the request may take {tokens} tokens, and this key has {key.tokens_per_minute} per minute; "
+                "ask for fewer with max_tokens",
+                param="max_tokens",
+            )
+        return await self._database.run(lambda connection: self._admit(connection, key, tokens))
+
+    def _admit(self, connection: sqlite3.Connection, key: Key, tokens: int) -> int:
+        now = self._clock()
+        connection.execute("DELETE FROM recent WHERE at <= ?", (now - WINDOW_SECONDS,))
+        if key.monthly_usd is not None and self._used(connection, key.id, now).usd >= key.monthly_usd:
+            raise BudgetSpentError(f"this key's budget of ${key.monthly_usd:g} for the month is spent")
+        recent = connection.execute("SELECT at, tokens FROM recent WHERE key = ? ORDER BY at", (key.id,)).fetchall()
+        if key.requests_per_minute is not None and len(recent) >= key.requests_per_minute:
+            wait = recent[len(recent) - key.requests_per_minute][0] + WINDOW_SECONDS - now
+            raise KeyLimitError(f"this key has {key.requests_per_minute} requests per minute", retry_after=wait)
+        if key.tokens_per_minute is not None:
+            over = sum(each[1] for each in recent) + tokens - key.tokens_per_minute
+            for at, freed in recent:
+                if over <= 0:
+                    break
+                over -= freed
+                wait = at + WINDOW_SECONDS - now
+                if over <= 0:
+                    raise KeyLimitError(f"this key has {key.tokens_per_minute} tokens per minute", retry_after=wait)
+        inserted = connection.execute("INSERT INTO recent (key, at, tokens) VALUES (?, ?, ?)", (key.id, now, tokens))
+        assert inserted.lastrowid is not None
+        return inserted.lastrowid
+
+    async def settle(self, key: Key, number: int, usage: Usage, usd: float | None) -> None:
+        """Replace what was reserved by what was used, and add it to the month. `usd` is None where it is unknown."""
+
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute("UPDATE recent SET tokens = ? WHERE id = ?", (usage.total_tokens, number))
+            connection.execute(
+                "INSERT INTO usage VALUES (?, ?, 1, ?, ?, ?, ?, ?, ?) ON CONFLICT (key, month) DO UPDATE SET "
+                "requests = requests + 1, input = input + excluded.input, cached = cached + excluded.cached, "
+                "output = output + excluded.output, reasoning = reasoning + excluded.reasoning, "
+                "usd = usd + excluded.usd, unpriced = unpriced + excluded.unpriced",
+                (
+                    key.id,
+                    _month(self._clock()),
+                    usage.input_tokens,
+                    usage.cached_input_tokens,
+                    usage.output_tokens,
+                    usage.reasoning_tokens,
+                    usd or 0.0,
+                    int(usd is None),
+                ),
+            )
+
+        await self._database.run(write)
+
+    # For the command line, from one thread
+
+    def create(self, key: Key) -> tuple[Key, str]:
+        """Keep a new key; its id is made here. Returns it with its secret, which is not kept."""
+        secret = PREFIX + secrets.token_urlsafe(32)
+        digest = hashlib.sha256(secret.encode()).digest()
+        id = digest.hex()[:12]
+        created = self._clock()
+        row = (id, key.name, digest, _listed(key.models), _listed(key.workers), key.requests_per_minute,
+               key.tokens_per_minute, key.monthly_usd, created, None)  # fmt: skip
+        self._database.run_here(lambda it: it.execute("INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row))
+        return replace(key, id=id, created=created), secret
+
+    def list(self) -> list[tuple[Key, Used]]:
+        """Every key, the oldest first, and what it used this month."""
+
+        def read(connection: sqlite3.Connection) -> list[tuple[Key, Used]]:
+            return [(key, self._used(connection, key.id, self._clock())) for _, key in _all(connection)]
+
+        return self._database.run_here(read) if self._path.exists() else []
+
+    def revoke(self, id: str) -> Key:
+        """Raises:
+        ConfigError: there is no such key, or it is revoked already.
+        """
+        known = {key.id: key for key, _ in self.list()}
+        if id not in known or known[id].revoked is not None:
+            raise ConfigError(f"there is no key {id!r} to revoke; `fugu keys list` shows them")
+        self._database.run_here(lambda it: it.execute("UPDATE keys SET revoked = ? WHERE id = ?", (self._clock(), id)))
+        return known[id]
+
+    def _used(self, connection: sqlite3.Connection, id: str, now: float) -> Used:
+        row = connection.execute(
+            "SELECT requests, input, output, cached, reasoning, usd, unpriced FROM usage WHERE key = ? AND month = ?",
+            (id, _month(now)),
+        ).fetchone()
+        return Used() if row is None else Used(row[0], Usage(*row[1:5]), row[5], row[6])
+
+
+def _all(connection: sqlite3.Connection) -> list[tuple[bytes, Key]]:
+    rows = connection.execute(
+        "SELECT digest, id, name, models, workers, requests_per_minute, tokens_per_minute, monthly_usd, created, "
+        "revoked FROM keys ORDER BY created"
+    )
+    return [(row[0], Key(row[1], row[2], _set(row[3]), _set(row[4]), *row[5:])) for row in rows]
+
+
+def _listed(names: frozenset[str] | None) -> str | None:
+    return None if names is None else json.dumps(sorted(names))
+
+
+def _set(text: str | None) -> frozenset[str] | None:
+    names: Any = None if text is None else json.loads(text)
+    return None if names is None else frozenset(names)
+
+
+def _month(now: float) -> str:
+    return datetime.fromtimestamp(now, UTC).strftime("%Y-%m")

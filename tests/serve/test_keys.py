@@ -1,0 +1,244 @@
+"""Keys with limits: kept hashed, narrowed to models and workers, metered across gateways and restarts."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from actors.config import ServeConfig
+from actors.errors import BudgetSpentError, ConfigError, KeyLimitError, RequestError, StreamBrokenError
+from actors.messages import Chunk, Usage
+from serve import keys_cli
+from serve.auth import check_bind
+from serve.keys import Key, KeyBook
+from tests.serve.test_gateway import Scripted, gateway
+from tests.serve.test_responses import Says
+from tests.serve.test_session import THREE, Plan, Player, trinity
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_780_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture(autouse=True)
+def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUGU_STATE", str(tmp_path))
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "keys.sqlite"
+
+
+def made(path: Path, clock: Clock | None = None, **limits: Any) -> tuple[Key, str]:
+    return KeyBook(path, **({"clock": clock} if clock else {})).create(Key("", "test", **limits))
+
+
+async def test_a_key_is_kept_as_a_hash_and_found_by_its_secret(path: Path) -> None:
+    key, secret = made(path, models=frozenset({"fugu"}), workers=frozenset({"a", "b"}), monthly_usd=2.5)
+    files = _contents(path.parent)
+    assert secret.encode() not in files
+    assert secret.removeprefix("fugu-").encode() not in files
+    book = KeyBook(path)
+    await book.refresh()
+    assert book.find(secret.encode()) == key
+    assert book.find(secret.encode() + b"x") is None
+
+
+def test_others_on_the_machine_cannot_read_it(path: Path) -> None:
+    made(path)
+    assert oct(path.stat().st_mode)[-3:] == "600"
+
+
+def _contents(folder: Path) -> bytes:
+    return b"".join(file.read_bytes() for file in folder.iterdir())
+
+
+async def test_revoking_works_once_and_keeps_the_door_shut(path: Path) -> None:
+    key, secret = made(path)
+    KeyBook(path).revoke(key.id)
+    with pytest.raises(ConfigError, match="no key"):
+        KeyBook(path).revoke(key.id)
+    book = KeyBook(path)
+    await book.refresh()
+    assert book.find(secret.encode()) is None
+    assert book.any, "who revokes the last key does not mean to let everybody in"
+
+
+async def test_requests_per_minute_across_gateways_and_restarts(path: Path, clock: Clock) -> None:
+    key, _ = made(path, clock, requests_per_minute=3)
+    one, other = KeyBook(path, clock=clock), KeyBook(path, clock=clock)
+    for book in (one, other, one):
+        await book.admit(key, 10)
+        clock.now += 10
+    with pytest.raises(KeyLimitError) as caught:
+        await KeyBook(path, clock=clock).admit(key, 10)
+    assert caught.value.retry_after == pytest.approx(30.0)
+    clock.now += 29.9
+    with pytest.raises(KeyLimitError):
+        await other.admit(key, 10)
+    clock.now += 0.2
+    await other.admit(key, 10)
+
+
+async def test_tokens_are_reserved_then_settled(path: Path, clock: Clock) -> None:
+    key, _ = made(path, clock, tokens_per_minute=100)
+    book = KeyBook(path, clock=clock)
+    first = await book.admit(key, 80)
+    with pytest.raises(KeyLimitError):
+        await book.admit(key, 30)
+    await book.settle(key, first, Usage(30, 10), 0.0)
+    clock.now += 20
+    await book.admit(key, 60)
+    with pytest.raises(KeyLimitError) as caught:
+        await book.admit(key, 30)
+    assert caught.value.retry_after == pytest.approx(40.0), "when the first of them leaves the minute"
+    with pytest.raises(RequestError, match="100 per minute"):
+        await book.admit(key, 101)
+
+
+async def test_a_budget_is_of_a_month(path: Path, clock: Clock) -> None:
+    key, _ = made(path, clock, monthly_usd=1.0)
+    book = KeyBook(path, clock=clock)
+    await book.settle(key, await book.admit(key, 1), Usage(5, 5), 0.75)
+    await book.settle(key, await book.admit(key, 1), Usage(5, 5), 0.5)
+    with pytest.raises(BudgetSpentError, match="budget"):
+        await KeyBook(path, clock=clock).admit(key, 1)
+    clock.now += 32 * 86400
+    await book.admit(key, 1)
+
+
+@settings(max_examples=25)
+@given(st.lists(st.tuples(st.integers(0, 999), st.integers(0, 99), st.one_of(st.none(), st.floats(0, 2))), max_size=8))
+def test_the_months_usage_is_the_sum_of_its_requests(
+    tmp_path_factory: pytest.TempPathFactory, requests: list[tuple[int, int, float | None]]
+) -> None:
+    path = tmp_path_factory.mktemp("keys") / "keys.sqlite"
+    key, _ = made(path)
+
+    async def spend() -> None:
+        book = KeyBook(path)
+        for read, written, usd in requests:
+            await book.settle(key, await book.admit(key, 10), Usage(read, written, read // 2, written // 2), usd)
+
+    asyncio.run(spend())
+    (_, used), *_ = KeyBook(path).list()
+    assert used.requests == len(requests)
+    assert used.usage == sum((Usage(r, w, r // 2, w // 2) for r, w, _ in requests), Usage())
+    assert used.usd == pytest.approx(sum(usd or 0.0 for _, _, usd in requests))
+    assert used.unpriced == sum(usd is None for _, _, usd in requests)
+
+
+def client(app: Any, secret: str) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
+        transport=httpx.ASGITransport(app=app), base_url="http://fugu", headers={"authorization": f"Bearer {secret}"}
+    )
+
+
+def body(**fields: Any) -> dict[str, Any]:
+    return {"model": "fugu", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 50, **fields}
+
+
+async def test_a_key_narrows_models_and_workers(path: Path) -> None:
+    _, secret = made(path, models=frozenset({"fugu"}), workers=frozenset({"b"}))
+    first, second = Says("a", Chunk("a")), Says("b", Chunk("b"))
+    http = client(gateway(first, second), secret)
+    answer = await http.post("/v1/chat/completions", json=body())
+    assert answer.json()["choices"][0]["message"]["content"] == "b"
+    assert not first.requests
+    forbidden = await http.post("/v1/chat/completions", json=body(fugu={"allow": ["a"]}))
+    assert (forbidden.status_code, forbidden.json()["error"]["code"]) == (400, "no_worker_allowed")
+    models = (await http.get("/v1/models")).json()["data"]
+    assert [(model["id"], [each["name"] for each in model["workers"]]) for model in models] == [("fugu", ["b"])]
+    _, other = made(path, models=frozenset({"fugu-ultra"}))
+    denied = await client(gateway(first, second), other).post("/v1/chat/completions", json=body())
+    assert (denied.status_code, denied.json()["error"]["param"]) == (403, "model")
+    stranger = await client(gateway(first), "fugu-nobody").post("/v1/chat/completions", json=body())
+    assert stranger.status_code == 401
+
+
+async def test_the_account_of_an_answer(path: Path) -> None:
+    key, secret = made(path)
+    worker = Says("a", Chunk("yes"))
+    http = client(gateway(worker), secret)
+    await http.post("/v1/chat/completions", json=body())
+    await http.post("/v1/chat/completions", json=body(stream=True))
+    await http.post("/v1/responses", json={"model": "fugu", "input": "?"})
+    await http.post("/v1/messages", json=body())
+    (_, used), *_ = KeyBook(path).list()
+    assert used.requests == 4
+    assert used.usage == sum([worker.usage] * 4, Usage())
+    assert used.usd == pytest.approx(4 * 0.5)
+    await http.post("/v1/chat/completions", json=body(temperature=9))
+    assert KeyBook(path).list()[0][1].requests == 4, "bad input costs nothing"
+    assert key.id == KeyBook(path).list()[0][0].id
+
+
+async def test_a_session_is_charged_with_all_its_calls_and_a_broken_one_with_those_it_made(path: Path) -> None:
+    _, secret = made(path)
+    app = trinity(Player("a"), Player("b"), plan=Plan(*THREE))
+    answer = (await client(app, secret).post("/v1/chat/completions", json=body(model="fugu-trinity"))).json()
+    (_, used), *_ = KeyBook(path).list()
+    assert used.usage.total_tokens == answer["usage"]["total_tokens"] == 198
+    assert used.usd == pytest.approx(3 * 0.25)
+    broken = client(gateway(Scripted("a", "half", StreamBrokenError("cut", worker="a"))), secret)
+    await broken.post("/v1/chat/completions", json=body(stream=True))
+    (_, used), *_ = KeyBook(path).list()
+    assert (used.requests, used.unpriced) == (2, 1)
+    assert used.usage.total_tokens > 198, "what it read is charged"
+
+
+async def test_limits_in_http(path: Path) -> None:
+    _, secret = made(path, requests_per_minute=1)
+    http = client(gateway(Says("a", Chunk("x"))), secret)
+    assert (await http.post("/v1/chat/completions", json=body())).status_code == 200
+    limited = await http.post("/v1/messages", json=body())
+    assert (limited.status_code, limited.json()["error"]["type"]) == (429, "rate_limit_error")
+    assert 1 <= int(limited.headers["retry-after"]) <= 60
+
+
+async def test_a_budget_needs_prices_and_ends(path: Path) -> None:
+    _, secret = made(path, monthly_usd=0.4)
+    http = client(gateway(Says("a", Chunk("x"))), secret)
+    assert (await http.post("/v1/chat/completions", json=body())).status_code == 200, "openai has listed prices"
+    spent = await http.post("/v1/chat/completions", json=body())
+    assert (spent.status_code, spent.json()["error"]["code"]) == (429, "insufficient_quota")
+    assert spent.headers["x-should-retry"] == "false"
+
+
+def test_the_commands() -> None:
+    run = CliRunner()
+    create = run.invoke(keys_cli.app, ["create", "ci", "--model", "fugu", "--rpm", "60", "--budget", "20"])
+    assert create.exit_code == 0
+    secret = create.stdout.strip().splitlines()[-1]
+    assert secret.startswith("fugu-")
+    (key, _), *_ = KeyBook().list()
+    assert (key.models, key.workers, key.requests_per_minute, key.monthly_usd) == (frozenset({"fugu"}), None, 60, 20)
+    listed = run.invoke(keys_cli.app, ["list"])
+    assert key.id in listed.stdout
+    assert secret not in listed.stdout
+    assert run.invoke(keys_cli.app, ["revoke", key.id]).exit_code == 0
+    assert run.invoke(keys_cli.app, ["revoke", key.id]).exit_code == 1
+
+
+def test_a_public_address_may_rely_on_created_keys(path: Path) -> None:
+    with pytest.raises(ConfigError, match="fugu keys create"):
+        check_bind(ServeConfig(host="0.0.0.0"))
+    made(path)
+    check_bind(ServeConfig(host="0.0.0.0"))
