@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from actors.errors import DataError
-from training.cli_conductor import conductor_commands
+from training.cli_conductor import conductor_commands, ultra_commands
 from training.cli_measure import measure
 from training.cli_options import EMBEDDED, Address, BudgetUsd, Json, MaxTokens, Quiet, Temperature, Workers
 from training.cli_train import train
@@ -94,5 +94,6 @@ def label(
 
 
 train.add_typer(conductor_commands)
+app.add_typer(ultra_commands)
 app.add_typer(train, name="train")
 app.add_typer(measure)

@@ -1,4 +1,4 @@
-"""`fugu train conductor | grpo`: from a small model to one that writes workflows."""
+"""`fugu train conductor | grpo`, `fugu eval-ultra`: from a small model to one that writes workflows, and its worth."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from training.cli_options import EMBEDDED, Address, Device, Json, Quiet
 from training.commands import check_json, explained, tell
 
 conductor_commands = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
+ultra_commands = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The folder of the adapter to write.", metavar="DIR")]
@@ -170,3 +171,51 @@ def grpo(
             full=full,
         )
         tell(grpo_file.dry_run(run) if dry_run else room.run(run), json)
+
+
+@ultra_commands.command(
+    epilog="Examples:  [bold]fugu eval-ultra --adapter adapters/conductor --warm adapters/conductor-warm --out "
+    "runs/ultra[/]   ·   an endpoint: [bold]fugu eval --url http://127.0.0.1:8000 --model fugu-ultra …[/]"
+)
+def eval_ultra(
+    adapter: Annotated[Path, typer.Option(help="The conductor's adapter.", metavar="DIR")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Report, picture and all answers go here.", metavar="DIR")],
+    config: Annotated[
+        Path, typer.Option("--config", "-c", help="The pool.", show_default="configs/embedded.yaml")
+    ] = EMBEDDED,
+    warm: Annotated[
+        Path | None, typer.Option(help="The adapter that its training started with, to compare.", metavar="DIR")
+    ] = None,
+    tasks: Annotated[int, typer.Option(min=1, help="Fresh composite tasks, and as many single ones.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Of the tasks.")] = 70_001,
+    calls: Annotated[int, typer.Option(min=3, help="What votes, panels and mixtures may make per answer.")] = 5,
+    retries: Annotated[int, typer.Option(min=0, help="Further tries at a plan that parses.")] = 2,
+    untrained: Annotated[
+        bool, typer.Option("--untrained/--no-untrained", help="Measure the model without any training, too.")
+    ] = True,
+    subsets: Annotated[
+        bool, typer.Option("--subsets/--no-subsets", help="Measure without each worker in turn, too.")
+    ] = True,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Measure fugu-ultra in this process: against every worker, the router, votes, a panel, a mixture of agents, its
+    warm start, no training at all, and itself without each worker."""
+    with explained():
+        check_json(json)
+        from training import ultra_evaluate as room
+
+        settings = room.UltraRun(
+            config,
+            adapter,
+            out,
+            warm=warm,
+            tasks=tasks,
+            seed=seed,
+            calls=calls,
+            retries=retries,
+            untrained=untrained,
+            subsets=subsets,
+            progress=not quiet,
+        )
+        tell(room.run(settings), json)

@@ -16,7 +16,7 @@ from actors.console import error_line
 from actors.errors import ConfigError, FuguError
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
     from orchestrator.head import Read
 
@@ -29,7 +29,7 @@ class Report(Protocol):
 
     def json(self) -> dict[str, Any]: ...
 
-    def table(self) -> Table: ...
+    def table(self) -> RenderableType: ...
 
 
 @contextmanager
