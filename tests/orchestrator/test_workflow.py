@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -386,3 +387,18 @@ def test_no_subtask_breaks_out_of_its_box(workflow: Workflow) -> None:
     dot = to_dot(workflow).split("\n")
     labels = [line for line in dot if re.fullmatch(r'    s\d \[label="(?:[^"\\]|\\.)*"(, penwidth=3)?\];', line)]
     assert (len(labels), len(dot)) == (count, count + edges + 4)
+
+
+def test_the_picture_in_the_guide_is_of_the_plan_in_it() -> None:
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "ultra.md").read_text(encoding="utf-8")
+    plan, picture = (
+        re.search(r"```text\n(.*?)```", guide, re.DOTALL),
+        re.search(r"```mermaid\n(.*?)```", guide, re.DOTALL),
+    )
+    assert plan is not None
+    assert picture is not None
+    workflow = parse_workflow(plan[1], ("gpt", "claude", "gemini"))
+    assert to_mermaid(workflow) == picture[1]
+    assert workflow.topology == "parallel"
+    for error in PlanError.__subclasses__():
+        assert f"`{error.kind}`" in guide
