@@ -11,7 +11,7 @@ import typer
 
 from actors.errors import ConfigError
 from training.cli_options import Address, Device, Json, Outcomes, Quiet, Workers
-from training.commands import check_json, err_console, explained, names, tell
+from training.commands import check_json, err_console, explained, names, pairs, tell
 
 LIVE = "Live: a pool (--config) or an endpoint (--url)"
 # So many of the answers without a score are told.
@@ -75,6 +75,14 @@ def evaluate(
     ] = "easy",
     task_seed: Annotated[int, typer.Option(min=0, help="Of the tasks that are made.", rich_help_panel=LIVE)] = 0,
     grader: Annotated[str, typer.Option(help="For rows of a file that name none.", rich_help_panel=LIVE)] = "phrase",
+    columns: Annotated[
+        str,
+        typer.Option(
+            help="Which columns of a file stand for ours.",
+            metavar="prompt=question,reference=answer",
+            rich_help_panel=LIVE,
+        ),
+    ] = "",
     max_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Length of an answer.", show_default="the worker's own", rich_help_panel=LIVE),
@@ -113,7 +121,7 @@ def evaluate(
                 tuple(model or ()),
                 os.environ.get("FUGU_API_KEY"),
                 tuple(tasks or ()),
-                TaskSource(count, task_seed, difficulty, Columns(grader)),
+                TaskSource(count, task_seed, difficulty, Columns(grader, names=pairs(columns, "--columns"))),
                 names(workers),
                 split,
                 limit,

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from actors.errors import ConfigError
 from training.cli_options import (
     Address,
     BudgetUsd,
@@ -20,7 +21,7 @@ from training.cli_options import (
     Temperature,
     Workers,
 )
-from training.commands import check_json, explained, names, reads, tell
+from training.commands import check_json, explained, names, out_console, reads, tell
 
 train = typer.Typer(help="Train a router.", no_args_is_help=True, rich_markup_mode="rich")
 
@@ -164,6 +165,14 @@ def evolve(
             help="Evolve the singular values of this layer of the backbone, too (-1: the last).", metavar="LAYER"
         ),
     ] = None,
+    axes: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Search along so many principal axes of the head, 0: every weight by itself.",
+            show_default="64 on landmarks, else 0",
+        ),
+    ] = None,
     backbone: Annotated[
         str | None, typer.Option(help="What reads the tasks.", show_default="the checkpoint's, or the embedded model")
     ] = None,
@@ -215,6 +224,7 @@ def evolve(
             concurrency=concurrency,
             max_calls=max_calls,
             budget_usd=budget_usd,
+            axes=axes,
             singular=singular,
             reading=room.Reading(
                 backbone, prompt_format=prompt_format, max_tokens=read_tokens, device=device, **reading
@@ -228,8 +238,9 @@ def evolve(
 
 @train.command(
     epilog="Examples:  [bold]fugu train add-worker newcomer --outcomes outcomes/ --checkpoint router.safetensors "
-    "--out wider.safetensors[/]   ·   first its labels: [bold]fugu label -c pool.yaml --out outcomes/ "
-    "--workers newcomer --max-requests 300[/]"
+    "--out wider.safetensors[/]   ·   labelled first, on 300 chosen tasks: [bold]fugu train add-worker newcomer "
+    "-c pool.yaml --outcomes outcomes/ --checkpoint router.safetensors --out wider.safetensors --tasks 300 "
+    "--budget-usd 2[/]"
 )
 def add_worker(
     worker: Annotated[str, typer.Argument(help="The newcomer, as the outcomes call it.")],
@@ -239,8 +250,25 @@ def add_worker(
     split: Annotated[str, typer.Option(help="The tasks to learn from.")] = "train",
     val_split: Annotated[str, typer.Option(help="The tasks to measure on.")] = "val",
     tasks: Annotated[
-        int | None, typer.Option(min=1, help="Learn from so many of its tasks.", show_default="all")
+        int | None,
+        typer.Option(
+            min=1, help="Learn from so many of its tasks; with --config try so many.", show_default="all; tried: 300"
+        ),
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="A pool with the newcomer: label it first, and nobody else."),
+    ] = None,
+    held: Annotated[int, typer.Option(min=1, help="With --config: tasks of --val-split that it tries.")] = 200,
+    pick: Annotated[
+        Literal["spread", "random"],
+        typer.Option(help="With --config: tasks that cover all others, or any of them."),
+    ] = "spread",
+    samples: Annotated[int, typer.Option(min=1, help="With --config: answers to each task.")] = 1,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    budget_usd: BudgetUsd = None,
+    max_requests: Annotated[int | None, typer.Option(min=1, help="Stop before more calls are made.")] = None,
     tau: Annotated[float | None, typer.Option(help="Softness of the targets.", show_default="the head's")] = None,
     decay: Annotated[float | None, typer.Option(min=0, help="Shrinks its row.", show_default="the head's")] = None,
     polish: Annotated[int, typer.Option(min=0, help="Steps for all rows together, at the end.")] = 5,
@@ -248,13 +276,47 @@ def add_worker(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     backbone: Annotated[str | None, typer.Option(help="What reads the tasks.", show_default="the checkpoint's")] = None,
     device: Annotated[Device, typer.Option(help="Where the backbone runs.")] = "auto",
+    address: Address = None,
     json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Add a worker to a trained head by fitting its row only, then polishing all rows for a moment."""
+    """Add a worker to a trained head by fitting its row only, then polishing all rows for a moment. With --config it is
+    labelled first, on as many tasks as are needed and no more."""
     with explained():
         check_json(json)
         from training import add_worker as room
+
+        if config is not None:
+            from training import newcomer
+
+            labelled = newcomer.run(
+                newcomer.NewcomerRun(
+                    worker,
+                    config,
+                    outcomes,
+                    checkpoint,
+                    split,
+                    val_split,
+                    tasks or newcomer.NewcomerRun.tasks,
+                    held,
+                    pick,
+                    samples,
+                    seed,
+                    max_tokens,
+                    temperature,
+                    budget_usd,
+                    max_requests,
+                    backbone,
+                    device=device,
+                    address=address,
+                    progress=not quiet,
+                )
+            )
+            if labelled is not None:
+                out_console.print(labelled.table())
+            tasks = None  # all that it has tried
+        elif budget_usd is not None or max_requests is not None:
+            raise ConfigError("--budget-usd and --max-requests are about labelling; give --config, too")
 
         settings = room.AddWorkerRun(
             worker,

@@ -137,8 +137,8 @@ def spread(features: Tensor, count: int, *, first: int) -> list[int]:
 def _shared(found: Outcomes, split: str, workers: Sequence[str], *, every: bool) -> list[Task]:
     """The tasks of a split that one of the workers has an outcome for, or every one."""
     part = found.split(split)
-    told = np.isfinite(part.scores(workers))
-    tasks = [task for task, has in zip(part.tasks, told.all(1) if every else told.any(1), strict=True) if has]
+    told = np.isfinite(part.scores(workers)).sum(1)
+    tasks = [task for task, count in zip(part.tasks, told, strict=True) if count >= (len(workers) if every else 1)]
     if not tasks:
         raise DataError(f"no task of the split {split} has outcomes of {', '.join(workers)}")
     return tasks

@@ -302,7 +302,8 @@ def _tuned(settings: TuneRun, laboratory: Laboratory, space: Mapping[str, Knob],
                     name=_TRIALS, storage_path=str(settings.folder), verbose=0, callbacks=[watching]
                 ),
             )
-        results = tuner.fit()
+        found = tuner.fit()
+        results = [found[index] for index in range(len(found))]
     if len(results) < settings.trials or not all(one.error or (one.metrics or {}).get("done") for one in results):
         # Tune has taken the interrupt itself, to write down how far it was.
         raise KeyboardInterrupt

@@ -79,7 +79,7 @@ SFT: Mapping[str, Usual] = {
 # `candidates` is what a trial may play in all, so that a larger population has fewer generations; `size` is cut at the
 # number of tasks.
 EVOLVE: Mapping[str, Usual] = {
-    "sigma": Usual(Between(0.003, 0.3), 0.03),
+    "sigma": Usual(Between(0.01, 1.0), 0.03),
     "population": Usual(Among((8, 16, 32, 64)), 32),
     "size": Usual(Among((64, 256, 1024, 4096)), 4096),
     "candidates": Usual(Among((1920,)), 1920),
@@ -88,7 +88,7 @@ EVOLVE: Mapping[str, Usual] = {
 _SFT_FIXED = frozenset(
     {"outcomes", "out", "workers", "split", "seed", "backbone", "folds", "device", "cache", "json", "progress"}
 )
-_EVOLVE_KNOBS = frozenset({"size", "samples", "choose", "validate_every", "generations"})
+_EVOLVE_KNOBS = frozenset({"axes", "size", "samples", "choose", "validate_every", "generations"})
 _SEARCH_KNOBS = frozenset({"sigma", "population", "mirrored"})
 _WORTH_KNOBS = frozenset({"diversity"})
 
@@ -192,7 +192,7 @@ def evolve_run(base: EvolveRun, config: Config, *, seed: int, tasks: int) -> Evo
     def chosen(names: Iterable[str], plain: Any) -> dict[str, Any]:
         return {name: _like(name, config[name], getattr(plain, name)) for name in names if name in config}
 
-    changes = chosen(_EVOLVE_KNOBS, replace(base, size=1))
+    changes = chosen(_EVOLVE_KNOBS, replace(base, size=1, axes=0))
     search = Settings(**{"population": 4} | chosen(_SEARCH_KNOBS, Settings(population=4)), seed=seed)
     if "population" not in config:
         search = replace(search, population=None)

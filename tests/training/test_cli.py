@@ -18,12 +18,12 @@ from actors.errors import FuguError
 from orchestrator.head import Checkpoint, CheckpointInfo, load_checkpoint, save_checkpoint
 from tests.orchestrator.tiny import tiny_folder
 from tests.training.problems import WORKERS, world
-from training import add_worker, evaluate, evolve, label, train_sft
+from training import add_worker, evaluate, evaluate_live, evolve, label, newcomer, train_sft, tune
 from training.commands import reads
 from training.outcomes import Outcomes, read_outcomes, write_outcomes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COMMANDS = (("label",), ("train", "sft"), ("train", "evolve"), ("train", "add-worker"), ("eval",))
+COMMANDS = (("label",), ("train", "sft"), ("train", "evolve"), ("train", "add-worker"), ("eval",), ("tune",))
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +160,13 @@ class SeenError(FuguError):
             add_worker.AddWorkerRun("w", Path("D"), Path("C"), Path("O")),
         ),
         (evaluate, ("eval", "--outcomes", "D"), evaluate.EvalRun(Path("D"))),
+        (evaluate_live, ("eval", "--outcomes", "D", "-c", "C"), evaluate_live.LiveRun(Path("D"), Path("C"))),
+        (
+            newcomer,
+            ("train", "add-worker", "w", "-c", "P", "--outcomes", "D", "--checkpoint", "C", "--out", "O"),
+            newcomer.NewcomerRun("w", Path("P"), Path("D"), Path("C")),
+        ),
+        (tune, ("tune", "--outcomes", "D", "--out", "O"), tune.TuneRun(Path("D"), Path("O"))),
     ],
 )
 def test_options_that_are_not_given_are_the_functions_own(
@@ -199,6 +206,25 @@ BAD: list[tuple[tuple[str, ...], str]] = [
     (("eval", "--outcomes", "{good}", "--checkpoint", "{head}", "--split", "val"), "who"),
     (("eval", "--outcomes", "{good}"), "there are train, val"),
     (("eval", "--outcomes", "{good}", "--min-gain", "0.1"), "give one with --checkpoint"),
+    (("eval", "--outcomes", "{good}", "--config", "{none}"), "cannot read {none}"),
+    (("eval", "--outcomes", "{good}", "--url", "http://127.0.0.1:1"), "--url and --model go together"),
+    (("tune", "--outcomes", "{good}", "--out", "{out}", "--over", "sigma=0.1"), "sft has no setting sigma to tune"),
+    (("tune", "--outcomes", "{good}", "--out", "{out}", "--resume"), "holds no tuning that could be resumed"),
+    (
+        (
+            "train",
+            "add-worker",
+            "w",
+            "--outcomes",
+            "{good}",
+            "--checkpoint",
+            "{none}",
+            "--out",
+            "{out}",
+            "--budget-usd=1",
+        ),
+        "give --config, too",
+    ),
     (("label", "--out", "{out}"), "holds no tasks"),
     (("label", "--out", "{out}", "--resume"), "holds no labelling that could be resumed"),
     (("label", "--out", "{out}", "--tasks", "nonsense"), "nonsense is no source of tasks"),

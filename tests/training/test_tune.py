@@ -108,12 +108,14 @@ def test_every_usual_setting_reaches_its_run() -> None:
 
 
 def test_other_settings_may_be_tuned_by_name() -> None:
-    space = space_of("sft+evolve", ("landmarks=5..9", "mirrored=true", "generations=7", "read=mean,last@1+mean"))
+    space = space_of(
+        "sft+evolve", ("landmarks=5..9", "mirrored=true", "generations=7", "axes=8", "read=mean,last@1+mean")
+    )
     assert "candidates" not in space
     config = first_of("sft+evolve", space)
     assert sft_run(SftRun(Path("D"), Path("O")), {**config, "read": "last@1+mean"}).reads == ((1, "last"), (-1, "mean"))
     evolved = evolve_run(EvolveRun(Path("O")), config, seed=1, tasks=10)
-    assert (evolved.generations, evolved.search.mirrored) == (7, True)
+    assert (evolved.generations, evolved.search.mirrored, evolved.axes) == (7, True, 8)
 
 
 @pytest.mark.parametrize("hold_out", ["tasks", "datasets"])
