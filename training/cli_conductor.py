@@ -136,7 +136,7 @@ def grpo(
         from training import grpo_file
         from training import grpo_train as room
 
-        within = {
+        within: dict[str, dict[str, Any]] = {
             "grpo": {
                 "steps": steps,
                 "questions": questions,

@@ -268,13 +268,19 @@ def _report(
 ) -> UltraReport:
     contestants = list(dict.fromkeys(one.name for one in attempts))
     by_name = {name: [one for one in attempts if one.name == name] for name in contestants}
-    kinds = {"composite": lambda one: one.task.domain == DOMAIN, "single": lambda one: one.task.domain != DOMAIN}
+    kinds = ("composite", "single")
     rng = np.random.default_rng(settings.seed)
     scores = {
-        kind: {name: _scores([one for one in by_name[name] if chosen(one)]) for name in contestants}
-        for kind, chosen in kinds.items()
+        kind: {
+            name: _scores([one for one in by_name[name] if (one.task.domain == DOMAIN) == (kind == "composite")])
+            for name in contestants
+        }
+        for kind in kinds
     }
-    best = {kind: max(names, key=lambda name, kind=kind: float(scores[kind][name].mean())) for kind in kinds}
+    best: dict[str, str] = {}
+    for kind in kinds:
+        means = {name: float(scores[kind][name].mean()) for name in names}
+        best[kind] = max(names, key=means.__getitem__)
     rows = []
     for name in contestants:
         mine = by_name[name]
