@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 from training.grpo import Group, GrpoLearner, advantages  # first: it sets up OpenMP
 
@@ -39,8 +39,22 @@ class Batch:
     tokens: tuple[int, ...]
 
 
+class Sampler(Protocol):
+    """Who writes completions: the learner itself, or engines that follow it."""
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        copies: int,
+        generator: torch.Generator,
+        temperature: float | None = None,
+    ) -> list[list[list[int]]]: ...
+
+
 def make_batch(
     learner: GrpoLearner,
+    sampler: Sampler,
     questions: Sequence[Question],
     rollouts: Rollouts,
     *,
@@ -52,7 +66,7 @@ def make_batch(
     """Sample a group for each question, play all, and turn rewards into advantages."""
     size, scale = learner.settings.group, learner.settings.scale
     prompts = [learner.encode(question.messages(pool, prompt)) for question in questions]
-    written = learner.sample(prompts, copies=size, generator=generator)
+    written = sampler.sample(prompts, copies=size, generator=generator)
     texts = [[learner.decode(tokens) for tokens in copies] for copies in written]
     first = [
         Written(question.task, text, question.allowed)
@@ -66,7 +80,9 @@ def make_batch(
         for place, one in enumerate(played)
         if place % size < round(recursion.share * size) and one.score is not None and one.answer is not None
     ]
-    later = _again(learner, questions, rollouts, first, played, again, pool, prompt, generator) if again else None
+    later = (
+        _again(learner, sampler, questions, rollouts, first, played, again, pool, prompt, generator) if again else None
+    )
     if later is not None:
         for place, one in zip(again, later.played, strict=True):
             own = rewards[place]
@@ -96,6 +112,7 @@ class _Later:
 
 def _again(
     learner: GrpoLearner,
+    sampler: Sampler,
     questions: Sequence[Question],
     rollouts: Rollouts,
     first: Sequence[Written],
@@ -113,7 +130,7 @@ def _again(
         said = (Round(first[place].text, answer),)
         prompts.append(learner.encode(questions[place // size].messages(pool, prompt, said)))
         answers.append(answer)
-    written = [copies[0] for copies in learner.sample(prompts, copies=1, generator=generator)]
+    written = [copies[0] for copies in sampler.sample(prompts, copies=1, generator=generator)]
     second = [
         Written(first[place].task, learner.decode(tokens), first[place].allowed, before=answer)
         for place, tokens, answer in zip(again, written, answers, strict=True)

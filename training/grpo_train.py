@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,13 +24,13 @@ import torch  # isort: skip
 
 from actors.config import FuguConfig, load_config
 from actors.errors import ConfigError
-from actors.model_files import EMBEDDED_ALIAS, resolve_model
+from actors.model_files import EMBEDDED_ALIAS, ModelFiles, resolve_model
 from orchestrator.conductor_card import ConductorCard, write_card
 from orchestrator.conductor_prompt import PromptSettings
 from training.conductor_questions import Number, Question, Subsets, endless, listed, question_at
 from training.conductor_rollouts import InProcessRollouts, Rollouts, RolloutSettings, Written
 from training.grpo_curves import draw, shown
-from training.grpo_rounds import Recursion, make_batch, summary
+from training.grpo_rounds import Recursion, Sampler, make_batch, summary
 from training.in_process import in_process, shares_one_model
 from training.lora_run import rows_of
 
@@ -38,6 +38,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 COMPACT = PromptSettings(style="compact")
+
+
+@dataclass(frozen=True)
+class VllmSettings:
+    """Engines that sample, with a GPU (or a part of one) each; `share` is the share of its memory that one takes."""
+
+    engines: int = 1
+    gpus: float = 0.0
+    context: int = 9216
+    share: float = 0.45
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,7 @@ class GrpoRun:
     tasks with a share `single` for one specialist each. Every `validate_every` steps `validation` fixed questions of
     the split `val` are planned at `val_temperature`. `batch` bounds the calls at once of workers in this process;
     others run over Ray (`address`: join one), `concurrency` rollouts at once on each CPU, a batch in `seconds`.
+    With `vllm` plans are sampled by engines over Ray that pick up the adapter each step, else by the model that learns.
     `architecture` describes a model whose files are not there, for a dry run (keys as in its `config.json`).
     """
 
@@ -61,6 +72,7 @@ class GrpoRun:
     single: float = 0.3
     subsets: Subsets = field(default_factory=Subsets)
     recursion: Recursion = field(default_factory=Recursion)
+    vllm: VllmSettings | None = None
     rollouts: RolloutSettings = field(default_factory=RolloutSettings)
     prompt: PromptSettings = COMPACT
     state: Path | None = None
@@ -150,7 +162,7 @@ def run(settings: GrpoRun, rollouts: Rollouts | None = None) -> GrpoReport:
     validation = [Question(held(index), pool) for index in range(settings.validation)]
     started = time.monotonic()
     with nullcontext(rollouts) if rollouts is not None else rollouts_of(settings, config) as played:
-        _train(learner, settings, played, pool, tasks, validation)
+        _train(learner, settings, played, pool, tasks, validation, files)
     learner.export(settings.out, base=files.id)
     prompt = settings.prompt
     write_card(settings.out, ConductorCard(pool, prompt.style, prompt.show_names, settings.rollouts.steps))
@@ -209,17 +221,23 @@ def _train(
     pool: tuple[str, ...],
     tasks: Number,
     validation: list[Question],
+    files: ModelFiles,
 ) -> None:
     """All steps that are left."""
     total, size, seed = settings.grpo.steps, settings.grpo.questions, settings.grpo.seed
-    with shown(settings.folder, steps=total, done=learner.done, progress=settings.progress) as show:
+    with (
+        shown(settings.folder, steps=total, done=learner.done, progress=settings.progress) as show,
+        _sampler(learner, settings, files) as follow,
+    ):
         try:
             while learner.done < total:
                 step, began = learner.done, time.monotonic()
-                before = _validated(learner, settings, rollouts, pool, validation) if step == 0 else None
+                sampler = follow()
+                before = _validated(learner, sampler, settings, rollouts, pool, validation) if step == 0 else None
                 numbers = range(step * size, (step + 1) * size)
                 batch = make_batch(
                     learner,
+                    sampler,
                     [question_at(number, tasks, pool, settings.subsets, seed) for number in numbers],
                     rollouts,
                     pool=pool,
@@ -231,7 +249,7 @@ def _train(
                 update = learner.step(batch.groups)
                 learnt = time.monotonic()
                 last = learner.done == total or learner.done % settings.validate_every == 0
-                after = _validated(learner, settings, rollouts, pool, validation) if last else None
+                after = _validated(learner, follow(), settings, rollouts, pool, validation) if last else None
                 show(
                     {
                         "step": learner.done,
@@ -249,8 +267,45 @@ def _train(
             raise
 
 
+@contextmanager
+def _sampler(learner: GrpoLearner, settings: GrpoRun, files: ModelFiles) -> Iterator[Callable[[], Sampler]]:
+    """Gives who samples what the learner knows at that moment."""
+    if settings.vllm is None:
+        yield lambda: learner
+        return
+    from training.label import connected
+    from training.vllm_sampler import VllmSampler
+
+    how = settings.vllm
+    with connected(settings.address):
+        engines = VllmSampler(
+            files.folder,
+            settings.grpo,
+            settings.folder / "adapters",
+            engines=how.engines,
+            gpus=how.gpus,
+            context=how.context,
+            share=how.share,
+            seconds=settings.seconds,
+        )
+
+        def follow() -> Sampler:
+            engines.follow(learner, files.id)
+            return engines
+
+        try:
+            yield follow
+        finally:
+            engines.close()
+
+
 def _validated(
-    learner: GrpoLearner, settings: GrpoRun, rollouts: Rollouts, pool: tuple[str, ...], questions: list[Question]
+    learner: GrpoLearner,
+    sampler: Sampler,
+    settings: GrpoRun,
+    rollouts: Rollouts,
+    pool: tuple[str, ...],
+    questions: list[Question],
 ) -> dict[str, float] | None:
     """Right answers and parsed plans on the validation questions, one plan each."""
     if not questions:
@@ -261,7 +316,7 @@ def _validated(
     for start in range(0, len(questions), width):
         part = questions[start : start + width]
         prompts = [learner.encode(question.messages(pool, settings.prompt)) for question in part]
-        plans = learner.sample(prompts, copies=1, generator=generator, temperature=settings.val_temperature)
+        plans = sampler.sample(prompts, copies=1, generator=generator, temperature=settings.val_temperature)
         written += [
             Written(question.task, learner.decode(copies[0]), question.allowed)
             for question, copies in zip(part, plans, strict=True)

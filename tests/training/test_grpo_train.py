@@ -179,7 +179,7 @@ def batch(folder: Path, rollouts: Any, recursion: Recursion) -> Any:
     questions = [question_at(number, tasks, GROUNDS, Subsets(), 0) for number in range(2)]
     generator = torch.Generator().manual_seed(1)
     found = make_batch(
-        learner, questions, rollouts, pool=GROUNDS, prompt=COMPACT, recursion=recursion, generator=generator
+        learner, learner, questions, rollouts, pool=GROUNDS, prompt=COMPACT, recursion=recursion, generator=generator
     )
     return found, learner, questions
 
