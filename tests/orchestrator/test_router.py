@@ -13,6 +13,7 @@ from actors.errors import CheckpointError, ConfigError, FuguError, NoWorkerAllow
 from actors.messages import Message
 from orchestrator.backbone import Backbone
 from orchestrator.head import Checkpoint, CheckpointInfo, Read, save_checkpoint
+from orchestrator.landmarks import Landmarks
 from orchestrator.prompt import encode
 from orchestrator.router import Decision, Router, order_decision
 from tests.orchestrator.tiny import DIMENSION, said, tiny_folder
@@ -155,6 +156,32 @@ def test_the_checkpoint_says_what_is_read(folder: Path, tmp_path: Path) -> None:
         CheckpointError, match=r"the head reads mean of layer 2; last of layer 3, .* gives last of the fin"
     ):
         Router(Backbone.load(folder, reads=[Read(-1, "last")]), head(info), max_tokens=128)
+
+
+def test_no_more_is_read_than_in_training(folder: Path) -> None:
+    backbone = Backbone.load(folder, dtype=torch.float32)
+    short, free = (Router(backbone, head(replace(INFO, max_tokens=most)), max_tokens=256) for most in (40, None))
+    assert (short.max_tokens, free.max_tokens) == (40, 256)
+    talk = said("one " * 30 + "MIDDLE" * 40 + " two" * 30)
+    states = backbone.hidden(encode(backbone.tokenizer, [talk], "chat", 40))
+    expected = torch.softmax(states @ short.checkpoint.weight.T, dim=-1)[0].tolist()
+    assert list(decide(short, [talk])[0].probabilities.values()) == pytest.approx(expected, abs=1e-4)
+    # What the prompt's limit does not allow is not asked for.
+    assert Router(backbone, head(replace(INFO, max_tokens=5)), max_tokens=256).max_tokens == 32
+
+
+def test_a_head_on_landmarks_decides_as_its_checkpoint_says(folder: Path) -> None:
+    backbone = Backbone.load(folder, dtype=torch.float32)
+    states = backbone.hidden(encode(backbone.tokenizer, TALKS, "chat", 256))
+    centres = torch.nn.functional.normalize(states[:2, :3])
+    landmarks = Landmarks(torch.eye(3, DIMENSION), centres, torch.tensor([2.0]))
+    weight = torch.tensor([[4.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
+    made = Checkpoint(INFO, weight, prior=torch.tensor([0.0, 0.0, 1.0]), landmarks=landmarks)
+    router = Router(backbone, made, max_tokens=256)
+    for decision, row in zip(decide(router), torch.softmax(made.logits(states), -1), strict=True):
+        assert list(decision.probabilities.values()) == pytest.approx(row.tolist(), abs=1e-4)
+    # The first two are where the landmarks are; with both far away the prior would choose c.
+    assert [decision.worker for decision in decide(router)[:2]] == ["a", "b"]
 
 
 def test_without_a_head_the_order_decides() -> None:

@@ -22,6 +22,7 @@ from actors.model_files import resolve_model
 from orchestrator.head import Checkpoint, CheckpointInfo, load_checkpoint, save_checkpoint
 from tests.orchestrator.tiny import tiny_folder
 from tests.training.problems import WORKERS, world
+from training import train_sft
 from training.evolution import Settings
 from training.evolve import EvolveRun, Reading, run
 from training.fitness import Worth
@@ -32,6 +33,7 @@ from training.policy import Policy
 from training.rollout import Draw, Rollouts
 from training.sft import SftSettings, train
 from training.start import read, reading_of
+from training.train_sft import SftRun
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 REFERENCE = Path(__file__).with_name("evolution_reference.json")
@@ -196,6 +198,32 @@ def test_where_nothing_better_is_found_the_start_is_written(place: Path, tmp_pat
     shipped, given = load_checkpoint(one.out), load_checkpoint(start)
     assert torch.equal(shipped.weight, given.weight)
     assert "this is the start" in shipped.info.trained["note"]
+
+
+def test_a_head_on_landmarks_is_searched_along_its_axes(place: Path, tmp_path: Path) -> None:
+    start = tmp_path / "sft.safetensors"
+    sft = SftRun(place / "outcomes", start, WORKERS, backbone=str(place / "tiny"), max_tokens=128, progress=False)
+    # Decayed until hardly anything is left of it, so that there is something to find.
+    train_sft.run(replace(sft, taus=(0.5,), decays=(300.0,), gammas=(1.0,)))
+    one = settings(place, tmp_path, checkpoint=start, axes=5, generations=20, search=Settings(sigma=0.5))
+    report = run(one)
+    assert report.numbers == 3 * 5
+    assert report.improved
+    assert report.best > report.start + 0.05
+    shipped, given = load_checkpoint(one.out), load_checkpoint(start)
+    assert shipped.info.trained["axes"] == 5
+    assert shipped.landmarks is not None
+    assert given.landmarks is not None
+    assert torch.equal(shipped.landmarks.centres, given.landmarks.centres)
+    assert shipped.prior is not None
+    assert given.prior is not None
+    assert torch.equal(shipped.prior, given.prior)
+    held = read_outcomes(place / "outcomes").split("val")
+    (hidden,) = read(shipped.info, one, (held.tasks,), {})
+    chosen = shipped.logits(hidden).argmax(-1).numpy()
+    assert held.scores(WORKERS)[np.arange(len(chosen)), chosen].mean() == pytest.approx(report.best)
+    with pytest.raises(ConfigError, match="axes is -1"):
+        run(replace(one, axes=-1, out=tmp_path / "other.safetensors"))
 
 
 def test_a_longer_run_goes_on_where_a_shorter_ended(place: Path, tmp_path: Path) -> None:

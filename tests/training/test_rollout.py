@@ -133,6 +133,16 @@ async def test_a_candidate_decides_from_the_transcript_with_the_draws_of_its_tur
     ]
 
 
+async def test_a_prior_is_added_to_what_a_candidate_says() -> None:
+    async def states(_transcript: tuple[Message, ...]) -> np.ndarray:  # type: ignore[type-arg]
+        return np.array([1.0])
+
+    head, prior = np.array([[1.0], [0.0]]), np.array([0.0, 1.5])
+    for given, worker in ((None, "a"), (prior, "b")):
+        decide = decider(head, ("a", "b"), states, np.zeros((1, 2)), SessionSettings(), given)
+        assert (await decide((Message("user", "hello"),))).ranking == (worker,)
+
+
 async def test_a_call_is_paid_once_and_kept(tmp_path: Path) -> None:
     worker = Scripted("a", lambda _request, n: f"answer {n}")
     store = CallStore(tmp_path / "calls.sqlite")
