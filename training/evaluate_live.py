@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import re
+import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -138,7 +139,7 @@ def run(settings: LiveRun, more: Sequence[System] = ()) -> LiveReport:
                 if all((task.task_id, name, index) in answers for name in names for index in range(settings.samples))
             ]
             playing = _Playing(settings, session, actors.workers, names, purse, answers)
-            attempts = asyncio.run(playing.all(systems, able))
+            attempts = asyncio.run(_ended_by_sigterm(playing.all(systems, able)))
     if not able:
         raise DataError(f"no task was tried by every worker: {stopped or 'their calls failed'}")
     report = report_of(
@@ -294,6 +295,20 @@ def _reference(settings: LiveRun, names: Sequence[str]) -> tuple[str, str] | Non
         if named in names:
             return str(named), "the head's training tasks"
     return None
+
+
+async def _ended_by_sigterm(playing: Coroutine[Any, Any, list[Attempt]]) -> list[Attempt]:
+    """SIGTERM ends it as Ctrl-C does: provider actors of ours go with us."""
+    this = asyncio.current_task()
+    assert this is not None
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, this.cancel)
+    try:
+        return await playing
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
 
 
 class _Playing:
