@@ -164,7 +164,8 @@ class _Conducting:
                 self.request = self.request.with_(messages=conversation)
                 this = PlanRound(number, bare=True, workflow=self._bare(), reason=this.reason)
                 self.conducted.rounds.append(this)
-                run = await self._run(this, None)
+                resumed = None
+                run = await self._run(this, resumed)
             error = run.error or error
             if run.waiting and self.may_pause:
                 self._pause(this, run, resumed)

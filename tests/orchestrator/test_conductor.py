@@ -509,6 +509,14 @@ async def test_a_resumed_workflow_that_fails_falls_back_with_the_results_in_view
     assert result.answer is not None
     assert result.answer.text == "yes"
     assert seen(others, "b")[0].messages == request.messages
+    # Who steps in has a history of its own.
+    anew = pool(a=once, b=(ToolCall("call_1", "weather", "{}"),))
+    result, _ = await conducting(
+        writer(), anew, request, ("b", "a"), resumed=resumed, may_pause=True, settings=settings
+    )
+    assert result.paused is not None
+    (waiting,) = result.paused.waiting
+    assert (waiting.worker, len(waiting.said), result.paused.earlier) == ("b", 1, ())
 
 
 async def test_where_nothing_can_be_kept_no_step_hears_of_tools() -> None:
