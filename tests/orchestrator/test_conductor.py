@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from actors.errors import (
     AllWorkersFailedError,
@@ -98,8 +100,8 @@ async def conducting(
     **options: Any,
 ) -> tuple[Conducted, list[ConductEvent]]:
     events: list[ConductEvent] = []
-    settings = options.pop("settings", ConductorSettings())
-    result = await conduct(request, conductor, workers, ranking, settings, on_event=events.append, **options)
+    chosen = options.pop("settings", ConductorSettings())
+    result = await conduct(request, conductor, workers, ranking, chosen, on_event=events.append, **options)
     return result, events
 
 
@@ -142,8 +144,8 @@ async def test_a_mistake_is_told_back_once_and_for_the_next_try_only() -> None:
 
 async def test_a_compact_conductor_only_tries_again() -> None:
     conductor = writer("no", CHAIN)
-    settings = ConductorSettings(PromptSettings("compact"))
-    await conducting(conductor, pool(a="pmal", b="28"), QUERY.with_(seed=5), settings=settings)
+    chosen = ConductorSettings(PromptSettings("compact"))
+    await conducting(conductor, pool(a="pmal", b="28"), QUERY.with_(seed=5), settings=chosen)
     first, second = conductor.seen
     assert first.messages == second.messages
     assert first.messages[-1].text == f"Workers: 0, 1\nTask: {QUERY.messages[0].text}"
@@ -155,8 +157,8 @@ async def test_a_compact_conductor_only_tries_again() -> None:
 async def test_without_a_plan_the_best_single_worker_gets_the_bare_question(bad: Answer) -> None:
     conductor = writer(bad, bad)
     workers = pool(a="never", b=WorkerUnavailableError("is down", worker="b"), c="28")
-    settings = ConductorSettings(retries=1)
-    result, events = await conducting(conductor, workers, ranking=("b", "c", "a"), settings=settings)
+    chosen = ConductorSettings(retries=1)
+    result, events = await conducting(conductor, workers, ranking=("b", "c", "a"), settings=chosen)
     assert result.answer is not None
     assert (result.answer.text, result.answer.worker) == ("28", "c")
     assert seen(workers, "b")[0].messages == seen(workers, "c")[0].messages == QUERY.messages
@@ -270,6 +272,46 @@ async def test_it_can_be_a_worker_of_its_own_plan() -> None:
     # Five calls: two plans, three steps.
     assert (result.usage, result.calls, result.cost_usd) == (Usage(50, 10), 5, 2.5)
     assert {event.depth for event in events} == {0, 1}
+
+
+async def test_what_it_answers_itself_is_streamed_too() -> None:
+    conductor = writer(plan((SELF, "everything", ())), CHAIN)
+    result, events = await conducting(
+        conductor, pool(a="pmal", b="28"), settings=ConductorSettings(max_depth=1), stream_last=True
+    )
+    pieces = [
+        each.event.chunk.text for each in events if isinstance(each, Stepped) and isinstance(each.event, StepChunk)
+    ]
+    assert result.answer is not None
+    assert "".join(pieces) == result.answer.text == "28"
+
+
+async def test_a_nested_workflow_that_fails_goes_to_the_next_worker() -> None:
+    def only_the_whole(request: ChatRequest) -> Answer:
+        outermost = request.messages[0].role == "system" and "a part" not in request.messages[-1].text
+        return "28" if outermost else WorkerUnavailableError("is down", worker="a")
+
+    conductor = writer(plan((SELF, "all of it", ())), plan(("a", "a part", ())))
+    chosen = ConductorSettings(max_depth=1, executor=ExecutorSettings(fallbacks=1))
+    result, _ = await conducting(conductor, pool(a=only_the_whole), settings=chosen, ranking=("a",))
+    assert result.answer is not None
+    assert result.answer.text == "28"
+    assert result.rounds[0].run is not None
+    assert [name for name, _ in result.rounds[0].run.steps[0].failures] == [SELF]
+    assert [each.bare for each in result.rounds[0].nested[0].rounds] == [False, True]
+
+
+@given(
+    st.lists(st.text(max_size=200) | st.sampled_from([CHAIN, KEEP, CHAIN.replace("[0]", "[0")]), min_size=3, max_size=3)
+)
+@settings(max_examples=60)
+def test_whatever_is_written_there_is_an_answer(texts: list[str]) -> None:
+    conductor = writer(*texts)
+    result, _ = asyncio.run(conducting(conductor, pool(a="pmal", b="28")))
+    assert result.answer is not None
+    assert result.answer.text == ("pmal" if result.rounds[0].bare else "28")
+    assert result.rounds[0].bare == (CHAIN not in texts)
+    assert len(conductor.seen) <= 3
 
 
 async def test_itself_is_no_worker_unless_allowed() -> None:
@@ -450,8 +492,8 @@ async def test_a_missing_result_is_named() -> None:
 
 async def test_without_a_plan_the_single_worker_may_call_tools_too() -> None:
     workers = pool(a=looking("north"))
-    settings = ConductorSettings(retries=0)
-    first, _ = await conducting(writer("no"), workers, ASK, may_pause=True, settings=settings)
+    chosen = ConductorSettings(retries=0)
+    first, _ = await conducting(writer("no"), workers, ASK, may_pause=True, settings=chosen)
     assert first.answer is not None
     assert seen(workers, "a")[0].messages == ASK.messages
     request = with_results(ASK, first.answer, {"north": "rain"})
@@ -468,16 +510,16 @@ async def test_a_round_goes_on_after_a_pause() -> None:
     single = plan(("a", "look", ()))
     conductor = writer(single, single, KEEP)
     workers = pool(a=looking("north"))
-    settings = ConductorSettings(max_rounds=2)
-    first, _ = await conducting(conductor, workers, ASK, may_pause=True, settings=settings)
+    chosen = ConductorSettings(max_rounds=2)
+    first, _ = await conducting(conductor, workers, ASK, may_pause=True, settings=chosen)
     assert first.answer is not None
     request = with_results(ASK, first.answer, {"north": "rain"})
     resumed = memory.resume(stored(first.paused), request.messages)
-    second, _ = await conducting(conductor, workers, request, resumed=resumed, may_pause=True, settings=settings)
+    second, _ = await conducting(conductor, workers, request, resumed=resumed, may_pause=True, settings=chosen)
     assert second.answer is not None
     request = with_results(request, second.answer, {"north": "wind"})
     resumed = memory.resume(stored(second.paused), request.messages)
-    third, events = await conducting(conductor, workers, request, resumed=resumed, may_pause=True, settings=settings)
+    third, events = await conducting(conductor, workers, request, resumed=resumed, may_pause=True, settings=chosen)
     # Its own result stands before it plans again; this time the step looks anew.
     assert "north: rain wind" in conductor.seen[1].messages[-1].text
     assert third.paused is not None
@@ -502,18 +544,16 @@ async def test_a_resumed_workflow_that_fails_falls_back_with_the_results_in_view
     request = with_results(ASK, first.answer, {"": "rain"})
     resumed = memory.resume(stored(first.paused), request.messages)
     others = pool(a=once, b=lambda request: "yes" if request.messages[-1].role == "tool" else Exception("?"))
-    settings = ConductorSettings(executor=ExecutorSettings(fallbacks=0))
+    chosen = ConductorSettings(executor=ExecutorSettings(fallbacks=0))
     result, _ = await conducting(
-        writer(), others, request, ("b", "a"), resumed=resumed, may_pause=True, settings=settings
+        writer(), others, request, ("b", "a"), resumed=resumed, may_pause=True, settings=chosen
     )
     assert result.answer is not None
     assert result.answer.text == "yes"
     assert seen(others, "b")[0].messages == request.messages
     # Who steps in has a history of its own.
     anew = pool(a=once, b=(ToolCall("call_1", "weather", "{}"),))
-    result, _ = await conducting(
-        writer(), anew, request, ("b", "a"), resumed=resumed, may_pause=True, settings=settings
-    )
+    result, _ = await conducting(writer(), anew, request, ("b", "a"), resumed=resumed, may_pause=True, settings=chosen)
     assert result.paused is not None
     (waiting,) = result.paused.waiting
     assert (waiting.worker, len(waiting.said), result.paused.earlier) == ("b", 1, ())
@@ -529,8 +569,8 @@ async def test_where_nothing_can_be_kept_no_step_hears_of_tools() -> None:
 async def test_a_bare_step_is_told_its_subtask_with_the_answers_it_may_read() -> None:
     steps = plan(("a", "reverse lamp", ()), ("b", "how long is {0}? {1} {9}", (0,)))
     workers = pool(a=" pmal {0}\n", b="4")
-    settings = ConductorSettings(PromptSettings("compact"), executor=ExecutorSettings(steps="bare"))
-    await conducting(writer(steps), workers, settings=settings)
+    chosen = ConductorSettings(PromptSettings("compact"), executor=ExecutorSettings(steps="bare"))
+    await conducting(writer(steps), workers, settings=chosen)
     assert seen(workers, "a")[0].messages == (Message("user", "reverse lamp"),)
     assert seen(workers, "b")[0].messages == (Message("user", "how long is pmal {0}? {1} {9}"),)
 
