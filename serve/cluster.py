@@ -54,6 +54,7 @@ def check_file(path: Path) -> dict[str, Any]:
     module, package = _SDKS.get(kind, ("yaml", ""))
     if importlib.util.find_spec(module) is None:
         raise ConfigError(f"{path}: provider {kind} needs a package that is not installed: pip install {package}")
+    from click import ClickException
     from jsonschema import ValidationError
     from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -62,6 +63,8 @@ def check_file(path: Path) -> dict[str, Any]:
     except ValidationError as error:
         where = ".".join(map(str, error.absolute_path)) or "the file"
         raise ConfigError(f"{path}: {where}: {error.message}") from None
+    except ClickException as error:
+        raise ConfigError(f"{path}: {error.message}") from None
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ConfigError(f"{path}: {error}") from None
     for local in (raw.get("file_mounts") or {}).values():

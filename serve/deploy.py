@@ -29,12 +29,14 @@ class Arguments(Strict):
     decides: Literal["nothing", "workers", "roles"] = "nothing"
 
 
-def build(arguments: Arguments) -> serve.Application:
-    """The application, on the nodes where the configuration wants it.
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application that `args` (`Arguments`) describe, on the nodes where the configuration wants it.
 
     Raises:
         ConfigError: the configuration is wrong, or a key that it names is not in the environment of this node.
     """
+    # Serve would make the model itself only from an annotation that is not text.
+    arguments = Arguments.model_validate(args)
     gpu = ray.cluster_resources().get("GPU", 0) > 0
     if arguments.config is None:
         config = load_config(CODE / (arguments.file or "configs/embedded.yaml"))
