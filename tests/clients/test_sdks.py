@@ -1,0 +1,142 @@
+"""The official Python SDKs of OpenAI and Anthropic mend a repository through the running server, in every way that
+they have: chat, Responses (by id and stateless) and Messages, streamed and not, two wire formats behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+
+from tests.clients import coding
+from tests.clients.server import KEY, WORKERS, ClientServer
+from tests.loopback import LoopbackProvider
+
+MOST_TURNS = 8
+
+
+def chat(server: ClientServer, folder: Path, worker: str, stream: bool) -> str:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=30)
+    tools: Any = [
+        {"type": "function", "function": {"name": name, "description": text, "parameters": coding.schema(name)}}
+        for name, text in coding.DESCRIPTIONS.items()
+    ]
+    messages: list[Any] = [{"role": "user", "content": coding.QUESTION}]
+    # The choice is asked for at first only: inside the loop it holds by itself.
+    extra: Any = {"fugu": {"allow": [worker]}}
+    for _ in range(MOST_TURNS):
+        if stream:
+            with client.chat.completions.stream(model="fugu", messages=messages, tools=tools, extra_body=extra) as told:
+                message = told.get_final_completion().choices[0].message
+        else:
+            answer = client.chat.completions.create(model="fugu", messages=messages, tools=tools, extra_body=extra)
+            message = answer.choices[0].message  # type: ignore[assignment]
+        extra = {}
+        if not message.tool_calls:
+            return message.content or ""
+        calls = [call.model_dump(include={"id", "type", "function"}) for call in message.tool_calls]
+        for call in calls:
+            call["function"] = {key: call["function"][key] for key in ("name", "arguments")}
+        messages.append({"role": "assistant", "content": message.content, "tool_calls": calls})
+        for call in calls:
+            said = coding.use_tool(folder, call["function"]["name"], json.loads(call["function"]["arguments"]))
+            messages.append({"role": "tool", "tool_call_id": call["id"], "content": said})
+    raise AssertionError("it never came to an end")
+
+
+def responses(server: ClientServer, folder: Path, worker: str, stream: bool, *, by_id: bool = True) -> str:
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=30)
+    tools: Any = [
+        {"type": "function", "name": name, "description": text, "parameters": coding.schema(name), "strict": True}
+        for name, text in coding.DESCRIPTIONS.items()
+    ]
+    items: list[Any] = [{"role": "user", "content": coding.QUESTION}]
+    extra: Any = {"fugu": {"allow": [worker]}}
+    fields: Any = {"model": "fugu", "tools": tools, "reasoning": {"summary": "auto"}, "store": by_id}
+    if not by_id:
+        fields["include"] = ["reasoning.encrypted_content"]
+    for _ in range(MOST_TURNS):
+        if stream:
+            with client.responses.stream(input=items, extra_body=extra, **fields) as told:
+                answer: Any = told.get_final_response()
+        else:
+            answer = client.responses.create(input=items, extra_body=extra, **fields)
+        extra = {}
+        calls = [item for item in answer.output if item.type == "function_call"]
+        if not calls:
+            return str(answer.output_text)
+        results = [
+            {
+                "type": "function_call_output",
+                "call_id": call.call_id,
+                "output": coding.use_tool(folder, call.name, json.loads(call.arguments)),
+            }
+            for call in calls
+        ]
+        if by_id:
+            fields["previous_response_id"] = answer.id
+            items = results
+        else:
+            items += [item.model_dump(exclude_none=True, exclude={"parsed_arguments"}) for item in answer.output]
+            items += results
+    raise AssertionError("it never came to an end")
+
+
+def responses_stateless(server: ClientServer, folder: Path, worker: str, stream: bool) -> str:
+    return responses(server, folder, worker, stream, by_id=False)
+
+
+def messages(server: ClientServer, folder: Path, worker: str, stream: bool) -> str:
+    client = anthropic.Anthropic(base_url=server.url, api_key=KEY, max_retries=0, timeout=30)
+    tools: Any = [
+        {"name": name, "description": text, "input_schema": coding.schema(name)}
+        for name, text in coding.DESCRIPTIONS.items()
+    ]
+    turns: list[Any] = [{"role": "user", "content": coding.QUESTION}]
+    extra: Any = {"fugu": {"allow": [worker]}}
+    fields: Any = {"model": "fugu", "max_tokens": 4000, "tools": tools, "thinking": {"type": "adaptive"}}
+    for _ in range(MOST_TURNS):
+        if stream:
+            with client.messages.stream(messages=turns, extra_body=extra, **fields) as told:
+                answer: Any = told.get_final_message()
+        else:
+            answer = client.messages.create(messages=turns, extra_body=extra, **fields)
+        extra = {}
+        calls = [block for block in answer.content if block.type == "tool_use"]
+        if not calls:
+            return "".join(block.text for block in answer.content if block.type == "text")
+        turns.append({"role": "assistant", "content": [_sent(block) for block in answer.content]})
+        results = [
+            {"type": "tool_result", "tool_use_id": call.id, "content": coding.use_tool(folder, call.name, call.input)}
+            for call in calls
+        ]
+        turns.append({"role": "user", "content": results})
+    raise AssertionError("it never came to an end")
+
+
+def _sent(block: Any) -> dict[str, Any]:
+    shown: dict[str, Any] = block.model_dump(exclude_none=True, exclude={"parsed_output"})
+    return shown
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+@pytest.mark.parametrize("agent", [chat, responses, responses_stateless, messages], ids=lambda agent: agent.__name__)
+def test_a_repository_is_mended(
+    server: ClientServer, provider: LoopbackProvider, repository: Path, agent: Any, stream: bool, worker: str
+) -> None:
+    provider.enqueue(*coding.script())
+    assert not coding.is_mended(repository)
+    assert agent(server, repository, worker, stream) == coding.ANSWER
+    assert coding.is_mended(repository)
+    expected = "openai" if worker == "chatty" else "anthropic"
+    assert [request.dialect for request in provider.requests] == [expected] * 4, "the loop stays with who asked"
+    last = json.dumps(provider.requests[-1].body)
+    for id in ("call_read0", "call_read1", "call_write", "call_run"):
+        assert f'"{id}"' in last, "the worker sees its calls as it made them"
+    assert "the test passed" in last
+    if worker == "claudine" and agent is not chat:
+        assert '"signature": "c2lnbmVk"' in last, "and its thoughts, signed"
