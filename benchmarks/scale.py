@@ -1,6 +1,6 @@
 """Evolution's rollouts over 1, 2, 4 and 8 nodes, and what their measured costs say about 1,000.
 
-    python -m benchmarks.scale [--quick]
+    python benchmarks/scale.py [--quick]
 
 The nodes are raylets on this machine with CPUs that only Ray counts; workers sleep for a log-normal time (mean 5 s,
 less with --quick), and everything else is the real engine: a lane per node, sessions, results over Ray to the driver.
@@ -22,11 +22,16 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+# Also when it is run as a file; lanes import it, too.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import numpy as np

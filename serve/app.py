@@ -77,7 +77,7 @@ def assemble(
             name=ROUTER,
             ray_actor_options=actor,
             max_ongoing_requests=max(256, 4 * config.router.max_batch),
-            **({"user_config": dict(served)} if served else {}),
+            user_config=dict(served) or None,
             **_replicas(settings.router_replicas),
         )(RouterReplica).bind(config.router, [spec.name for spec in config.workers])
     gateway = serve.deployment(

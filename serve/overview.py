@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,7 +32,7 @@ def show(address: str, wait: float, console: Console) -> bool:
         ConfigError: there is no Ray at `address`.
     """
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"no Ray at {address}: {error}") from None
     try:
@@ -160,8 +161,9 @@ def _jobs() -> Table:
     table = Table("job", "state", "since", "last line", title="jobs")
     try:
         client = JobSubmissionClient()
-        jobs = [job for job in client.list_jobs() if job.submission_id]
-        for job in sorted(jobs, key=lambda job: job.start_time or 0, reverse=True)[:20]:
+        for job in sorted(client.list_jobs(), key=lambda job: job.start_time or 0, reverse=True)[:20]:
+            if job.submission_id is None:
+                continue
             lines = [line for line in client.get_job_logs(job.submission_id).splitlines() if line.strip()]
             minutes = (time.time() - (job.start_time or 0) / 1000) / 60
             last = lines[-1].split("\r")[-1].strip()[-100:] if lines else ""

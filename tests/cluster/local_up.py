@@ -29,6 +29,7 @@ LAPTOP, HEAD, WORKER = "10.88.0.1", "10.88.0.2", "10.88.0.3"
 PORT = 8000
 KEY = "local-cluster-key-93d1"
 JOB_SECONDS = 180.0
+HOME = "/tmp/home"
 # Where the pieces lie that all machines share, as a cluster's shared storage.
 SHARED = Path("/mnt/fugu-local-up")
 
@@ -66,7 +67,10 @@ def main() -> None:
             "-m",
             __spec__.name,
         ]
-        sys.exit(subprocess.run([*command, "inside", folder], cwd=ROOT, check=False).returncode)
+        code = subprocess.run([*command, "inside", folder], cwd=ROOT, check=False).returncode
+        if SHARED.exists() and not any(SHARED.iterdir()):
+            SHARED.rmdir()
+        sys.exit(code)
 
 
 def inside(folder: Path) -> None:
@@ -146,7 +150,7 @@ def _keys() -> None:
 
 
 def _machine(name: str, address: str, resources: str) -> subprocess.Popen[bytes]:
-    """An sshd that is root of its own process and mount namespaces; /root and /tmp are the machine's."""
+    """An sshd in process and mount namespaces of its own; the home of its user and /tmp are the machine's."""
     (SHARED / f"env{name}").write_text(f"FUGU_RESOURCES={resources}\nFUGU_STATE={SHARED}/state\nPOOL_KEY={KEY}\n")
     config = SHARED / f"sshd{name}"
     lines = [f"ListenAddress {address}", f"HostKey {SHARED}/host", f"AuthorizedKeysFile {SHARED}/authorized"]
@@ -155,8 +159,9 @@ def _machine(name: str, address: str, resources: str) -> subprocess.Popen[bytes]
     config.write_text("\n".join(lines) + "\n")
     start = SHARED / f"start{name}.sh"
     start.write_text(
-        "set -e\nmount -t tmpfs tmpfs /root\nmount -t tmpfs tmpfs /tmp\nmkdir -p /run/sshd\n"
-        f"export HOME=/root\n'{sys.executable}' -m {__spec__.name} venv /root/venv\n"
+        f"set -e\nmount -t tmpfs tmpfs /tmp\nmkdir -p {HOME} /run/sshd\nexport HOME={HOME}\n"
+        f"sed 's|^root:\\(.*\\):[^:]*:\\([^:]*\\)$|root:\\1:{HOME}:/bin/bash|' /etc/passwd > /tmp/passwd\n"
+        f"mount --bind /tmp/passwd /etc/passwd\n'{sys.executable}' -m {__spec__.name} venv {HOME}/venv\n"
         f"exec {_which('sshd')} -D -e -f {config}\n"
     )
     command = ["ip", "netns", "exec", f"machine{name}", "unshare", "-m", "-p", "-f", "--mount-proc", "--kill-child"]
