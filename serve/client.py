@@ -58,6 +58,9 @@ def _show(response: httpx.Response, console: Console) -> dict[str, Any] | None:
                 raise FuguError(str(chunk["error"]["message"]))
             trace = chunk.get("fugu", trace)
             for choice in chunk["choices"]:
+                if console.is_terminal:  # a pipe wants the answer only
+                    said = choice["delta"].get("reasoning_content") or ""
+                    console.print(said, end="", markup=False, soft_wrap=True, style="dim")
                 console.print(choice["delta"].get("content") or "", end="", markup=False, soft_wrap=True)
     console.print()
     raise FuguError("the answer broke off before its end")
@@ -81,12 +84,27 @@ def show_trace(trace: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     for number, turn in enumerate(trace.get("turns", ()), 1):
         console.print(f"turn {number}: {turn['role']} {escape(turn['worker'])}", soft_wrap=True)
+    for number, each in enumerate(trace.get("rounds", ()), 1):
+        _show_round(number, each, console)
     for attempt in trace["attempts"]:
         if not attempt["ok"]:
             console.print(f"[yellow]{escape(attempt['worker'])} failed:[/] {escape(attempt['reason'])}", soft_wrap=True)
     for warning in trace["warnings"]:
         console.print(f"[yellow]{escape(warning)}[/]", soft_wrap=True)
     console.print(f"[dim]{escape(_summary(trace))}[/]", soft_wrap=True)
+
+
+def _show_round(number: int, each: Mapping[str, Any], console: Console) -> None:
+    """A round of `fugu-ultra`: the shape of its workflow, and a line for each step."""
+    plan = "the answer stands" if each["kept"] else each["fallback"] or each["plan"]["topology"]
+    console.print(f"round {number}: {escape(plan)}", soft_wrap=True)
+    if each["plan"] is None:
+        return
+    for step, result in zip(each["plan"]["steps"], each["steps"], strict=False):
+        reads = f" (reads {', '.join(str(at + 1) for at in step['access'])})" if step["access"] else ""
+        took = f"{result['seconds']:.2f} s" if result["worker"] else result["skipped"]
+        who = escape(result["worker"] or step["worker"])
+        console.print(f"  {result['index'] + 1}. {who}{reads}: {escape(step['subtask'])} · {took}", soft_wrap=True)
 
 
 def _summary(trace: Mapping[str, Any]) -> str:

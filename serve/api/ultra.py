@@ -121,6 +121,8 @@ class _Answering:
     ranking: tuple[str, ...]
     resumed: Resumed | None
     conducted: Conducted = field(default_factory=Conducted)
+    first_piece: float | None = None
+    """When the answer's first piece came, on the trace's clock."""
 
     async def events(self) -> AsyncGenerator[ConductEvent, None]:
         """What happens, as it does. Closing it ends the calls in flight.
@@ -133,6 +135,8 @@ class _Answering:
         task.add_done_callback(lambda _: queue.put_nowait(None))
         try:
             while (event := await queue.get()) is not None:
+                if self.first_piece is None and _piece(event) is not None:
+                    self.first_piece = time.perf_counter()
                 yield event
             task.result()
         finally:
@@ -166,7 +170,10 @@ class _Answering:
     def _told(self, reply: ChatReply) -> dict[str, Any]:
         trace = self.job.trace
         trace.record.worker = reply.worker
-        body = trace.body(reply, time.perf_counter())
+        now = time.perf_counter()
+        body = trace.body(reply, now)
+        # Nothing of an answer is said before the plan; one that is not streamed comes at the end.
+        body["timings"]["first_byte_s"] = round((self.first_piece or now) - trace.started, 6)
         if self.conducting.budget(self.job.wishes.knobs).usd is not None:
             unpriced = self.conducting.unpriced(self.pool.workers)
             body["warnings"] += [f"budget_usd: the price of {name} is not known" for name in unpriced]

@@ -8,7 +8,9 @@ from typing import Any
 import anthropic
 import openai
 import pytest
+from typer.testing import CliRunner
 
+import fugu
 from orchestrator.workflow import Step, Workflow, render_workflow
 from tests.loopback import Behaviour, LoopbackProvider, ToolCall
 from tests.serve.conftest import KEY, WORKERS
@@ -59,6 +61,17 @@ def test_it_streams(client: openai.OpenAI, provider: LoopbackProvider) -> None:
     assert reasoning.startswith("[plan] chain, 2 steps")
     assert "".join(pieces) == "yes a warm coat"
     assert len(pieces) > 1
+
+
+def test_ask_shows_the_plan_and_its_steps(provider: LoopbackProvider, with_haproxy: RunningServer) -> None:
+    provider.enqueue(CHAIN, Behaviour(text="clouds"), Behaviour(text="yes, a coat"))
+    options = ["--model", "fugu-ultra", "--url", with_haproxy.url, "--trace"]
+    said = CliRunner().invoke(fugu.app, ["ask", "Coat today?", *options], env={"FUGU_API_KEY": KEY})
+    assert said.exit_code == 0, said.output
+    lines = said.output.splitlines()
+    assert lines[0] == "yes, a coat"
+    assert "round 1: chain" in lines
+    assert any(line.startswith("  2. second (reads 1): conclude from it · 0.") for line in lines)
 
 
 def test_a_tool_loop_outlives_the_actor_that_remembers_it(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from actors.config import FuguConfig
 from actors.errors import CheckpointError, CircuitOpenError, StreamBrokenError, WorkerUnavailableError
@@ -16,6 +18,7 @@ from actors.messages import ChatReply, ChatRequest, Chunk, Timing, ToolCall, Too
 from orchestrator.conductor_card import ConductorCard, write_card
 from orchestrator.workflow import Step, Workflow, render_workflow
 from serve.api.health import Readiness
+from serve.client import show_trace
 from serve.conductor import conducting, why_no_conductor
 from serve.gateway import Gateway
 from serve.router import OrderDecider
@@ -159,6 +162,25 @@ async def test_what_is_streamed(tmp_path: Path) -> None:
     assert told[-4]["choices"][0]["finish_reason"] == "stop"
     assert told[-3]["usage"]["total_tokens"] == 330
     assert told[-2]["fugu"]["rounds"][0]["plan"]["topology"] == "chain"
+
+
+async def test_the_first_byte_is_the_answers(tmp_path: Path) -> None:
+    ultra = Ultra(tmp_path, CHAIN)
+    ultra.c.wait, ultra.b.wait = 0.2, 0.1
+    told = events(await ultra.ask(stream=True, fugu={"trace": True}))
+    assert told[-2]["fugu"]["timings"]["first_byte_s"] > 0.3
+
+
+async def test_a_reader_sees_plan_and_steps(tmp_path: Path) -> None:
+    trace = (await Ultra(tmp_path, CHAIN).ask(fugu={"trace": True})).json()["fugu"]
+    console = Console(record=True, width=100, quiet=False, file=io.StringIO())
+    show_trace(trace, console)
+    lines = console.export_text().splitlines()
+    assert "round 1: chain" in lines
+    assert "  2. b (reads 1): count <b>letters</b> · 0.00 s" in lines
+    bare = (await Ultra(tmp_path, "no").ask(fugu={"trace": True})).json()["fugu"]
+    show_trace(bare, console)
+    assert "round 1: no workflow in 3 tries" in console.export_text()
 
 
 async def test_the_turns_can_be_suppressed(tmp_path: Path) -> None:
