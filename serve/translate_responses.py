@@ -145,8 +145,8 @@ def _add_tool(tools: Tools, tool: dict[str, Any], where: str, namespace: str | N
         given = custom.name
     else:
         raise RequestError(
-            f"{where}: {str(kind)[:64]!r} is a tool that OpenAI's servers run; no worker here has it. Leave it out, or "
-            "define it as a function",
+            f"{where}: {str(kind)[:64]!r} is a tool that OpenAI's servers run; no worker here has it. Leave it out "
+            '(in Codex\'s config.toml: web_search = "disabled"), or define it as a function',
             param=where,
         )
     if namespace is not None:

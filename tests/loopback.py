@@ -21,6 +21,7 @@ import struct
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,8 @@ class Disconnect:
 
 
 class LoopbackProvider:
-    """See the module docstring. A behaviour is taken from the queue, else by model name, else the default.
+    """See the module docstring. A behaviour is what `chooses` says of the request, where that is set, else taken from
+    the queue, else by model name, else the default.
 
     `api_key` makes every request need that key, given the way its dialect gives it. `requests`,
     `disconnects`, `in_flight` and `max_in_flight` may be read from any thread; `record=False` only counts.
@@ -68,6 +70,7 @@ class LoopbackProvider:
     ) -> None:
         self.default = default or Behaviour()
         self.by_model: dict[str, Behaviour] = {}
+        self.chooses: Callable[[Recorded], Behaviour] | None = None
         self.api_key = api_key
         self.record = record
         self.port = port
@@ -94,6 +97,7 @@ class LoopbackProvider:
         """Forget queued behaviours and everything recorded."""
         self._queue.clear()
         self.by_model.clear()
+        self.chooses = None
         self.requests.clear()
         self.disconnects.clear()
         self.total, self.max_in_flight = 0, self.in_flight
@@ -140,10 +144,12 @@ class LoopbackProvider:
                 loop.run_until_complete(asyncio.wait(tasks, timeout=5))
             loop.close()
 
-    def _choose(self, model: str) -> Behaviour:
+    def _choose(self, request: Recorded) -> Behaviour:
+        if self.chooses is not None:
+            return self.chooses(request)
         if self._queue:
             return self._queue.popleft()
-        return self.by_model.get(model, self.default)
+        return self.by_model.get(request.model, self.default)
 
     def _key_is_right(self, request: Recorded) -> bool:
         if self.api_key is None:
@@ -246,7 +252,7 @@ class _Connection(asyncio.Protocol):
             self._next()
 
     async def _answer(self, request: Recorded) -> None:
-        behaviour = self._provider._choose(request.model)
+        behaviour = self._provider._choose(request)
         if request.method == "GET" and request.path == "/healthz":
             return self._plain(200, b'{"status":"ok"}', behaviour)
         if not self._provider._key_is_right(request):

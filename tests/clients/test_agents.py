@@ -1,0 +1,169 @@
+"""Codex, Claude Code and OpenCode, as their makers ship them, mend a repository through the running server.
+
+`make test-clients` installs them with npm into `build/clients`; `FUGU_CLIENTS` names another folder with
+`node_modules` in it. Where one is missing its test is skipped and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.messages import ToolCall
+from tests.clients import coding
+from tests.clients.server import KEY, ClientServer
+from tests.loopback import Behaviour, LoopbackProvider, Recorded
+
+pytestmark = pytest.mark.timeout(240)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CLIENTS = Path(os.environ.get("FUGU_CLIENTS", REPOSITORY / "build" / "clients")) / "node_modules" / ".bin"
+SECONDS = 180.0
+
+
+@dataclass(frozen=True)
+class Agent:
+    """`prepare` writes its settings and gives command and environment: (server address, model, home, repository)."""
+
+    program: str
+    prepare: Callable[[str, str, Path, Path], tuple[list[str], dict[str, str]]]
+    calls: Callable[[Path], list[tuple[ToolCall, ...]]]
+
+
+def codex(url: str, model: str, home: Path, repository: Path) -> tuple[list[str], dict[str, str]]:
+    settings = home / ".codex"
+    settings.mkdir()
+    (settings / "config.toml").write_text(
+        f'model = "{model}"\n'
+        'model_provider = "fugu"\n'
+        'web_search = "disabled"\n'
+        "[model_providers.fugu]\n"
+        'name = "fugu"\n'
+        f'base_url = "{url}/v1"\n'
+        'env_key = "FUGU_API_KEY"\n'
+        'wire_api = "responses"\n'
+    )
+    options = ["--json", "--dangerously-bypass-approvals-and-sandbox"]
+    return ["codex", "exec", *options, coding.QUESTION], {"FUGU_API_KEY": KEY}
+
+
+def codex_calls(repository: Path) -> list[tuple[ToolCall, ...]]:
+    def run(id: str, command: str) -> ToolCall:
+        return ToolCall(id, "exec_command", json.dumps({"cmd": command}))
+
+    return [
+        (run("call_read0", "cat add.py"), run("call_read1", "cat check.py")),
+        (run("call_write", f"cat > add.py <<'EOF'\n{coding.MENDED}EOF"),),
+        (run("call_run", "python3 check.py"),),
+    ]
+
+
+def claude(url: str, model: str, home: Path, repository: Path) -> tuple[list[str], dict[str, str]]:
+    environment = {
+        "ANTHROPIC_BASE_URL": url,
+        "ANTHROPIC_AUTH_TOKEN": KEY,
+        "ANTHROPIC_MODEL": model,
+        "ANTHROPIC_DEFAULT_HAIKU_MODEL": model,
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    }
+    options = ["--output-format", "json", "--allowedTools", "Read,Edit,Bash"]
+    return ["claude", "-p", coding.QUESTION, *options], environment
+
+
+def claude_calls(repository: Path) -> list[tuple[ToolCall, ...]]:
+    def read(id: str, name: str) -> ToolCall:
+        return ToolCall(id, "Read", json.dumps({"file_path": str(repository / name)}))
+
+    edit = {"file_path": str(repository / "add.py"), "old_string": "a - b", "new_string": "a + b"}
+    return [
+        (read("call_read0", "add.py"), read("call_read1", "check.py")),
+        (ToolCall("call_write", "Edit", json.dumps(edit)),),
+        (ToolCall("call_run", "Bash", json.dumps({"command": "python3 check.py", "description": "Run it"})),),
+    ]
+
+
+def opencode(url: str, model: str, home: Path, repository: Path) -> tuple[list[str], dict[str, str]]:
+    provider = {
+        "npm": "@ai-sdk/openai-compatible",
+        "name": "fugu",
+        "options": {"baseURL": f"{url}/v1", "apiKey": "{env:FUGU_API_KEY}"},
+        "models": {model: {"name": model}},
+    }
+    settings = {"provider": {"fugu": provider}, "model": f"fugu/{model}", "small_model": f"fugu/{model}"}
+    (repository / "opencode.json").write_text(json.dumps(settings))
+    return ["opencode", "run", coding.QUESTION], {"FUGU_API_KEY": KEY}
+
+
+def opencode_calls(repository: Path) -> list[tuple[ToolCall, ...]]:
+    def read(id: str, name: str) -> ToolCall:
+        return ToolCall(id, "read", json.dumps({"filePath": str(repository / name)}))
+
+    edit = {"filePath": str(repository / "add.py"), "oldString": "a - b", "newString": "a + b"}
+    return [
+        (read("call_read0", "add.py"), read("call_read1", "check.py")),
+        (ToolCall("call_write", "edit", json.dumps(edit)),),
+        (ToolCall("call_run", "bash", json.dumps({"command": "python3 check.py", "description": "Run it"})),),
+    ]
+
+
+AGENTS = {
+    "codex": Agent("codex", codex, codex_calls),
+    "claude-code": Agent("claude", claude, claude_calls),
+    "opencode": Agent("opencode", opencode, opencode_calls),
+}
+
+
+def results_in(request: Recorded) -> int:
+    return sum(message["role"] == "tool" for message in request.body["messages"])
+
+
+def playing(calls: list[tuple[ToolCall, ...]]) -> Callable[[Recorded], Behaviour]:
+    """The script as a function of how far the conversation is: agents ask for other things beside, such as a title."""
+    steps = {0: 0, len(calls[0]): 1, len(calls[0]) + 1: 2}
+
+    def choose(request: Recorded) -> Behaviour:
+        if not request.body.get("tools"):
+            return Behaviour(text="Mending add.py")
+        step = steps.get(results_in(request))
+        return Behaviour(text=coding.ANSWER) if step is None else Behaviour(text="", tool_calls=calls[step])
+
+    return choose
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_an_agent_mends_a_repository(
+    server: ClientServer, provider: LoopbackProvider, repository: Path, tmp_path_factory: Any, name: str
+) -> None:
+    agent = AGENTS[name]
+    if not (CLIENTS / agent.program).exists():
+        pytest.skip(f"{name} is not in {CLIENTS}: `make test-clients` installs it")
+    provider.chooses = playing(agent.calls(repository))
+    home = tmp_path_factory.mktemp("home")
+    subprocess.run(["git", "init", "-q"], cwd=repository, check=True)
+    command, environment = agent.prepare(server.url, "fugu", home, repository)
+    done = subprocess.run(
+        [str(CLIENTS / command[0]), *command[1:]],
+        cwd=repository,
+        env={"PATH": os.environ["PATH"], "HOME": str(home), "TERM": "dumb", **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert coding.ANSWER in done.stdout
+    assert coding.is_mended(repository)
+    turns = [request for request in provider.requests if request.body.get("tools")]
+    assert [results_in(request) for request in turns] == [0, 2, 3, 4], "three turns with tools, then the answer"
+    last = json.dumps(turns[-1].body)
+    for id in ("call_read0", "call_read1", "call_write", "call_run"):
+        assert f'"{id}"' in last, "the worker sees its calls as it made them"
+    assert "the test passed" in last
