@@ -37,12 +37,12 @@ from training import baselines
 from training.evaluate import Estimate, bootstrap
 from training.evolution import Settings
 from training.features import task_states
-from training.fit import Candidate, Kind, fit
+from training.fit import Candidate, Kind, fit, folds_of, unseen_logits
 from training.generations import Course, evolve
 from training.outcomes import Outcomes, Task, read_outcomes
 from training.players import RecordedPlayer, Table
 from training.policy import AXES, Policy, principal_axes
-from training.train_sft import SftRun, choose, folds_of, info_of
+from training.train_sft import SftRun, choose, info_of
 
 Matrix = NDArray[np.float64]
 # TF-IDF: so many of the most frequent words and pairs of words; the ridge's penalty in units of kernel values.
@@ -95,6 +95,7 @@ class Row:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--outcomes", type=Path, required=True)
+    parser.add_argument("--workers", default="", help="only these, in the first pool, too")
     parser.add_argument("--without", default="", help="a second pool without these workers")
     parser.add_argument("--split", default="val")
     parser.add_argument("--seeds", type=int, default=3)
@@ -104,7 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     found = read_outcomes(options.outcomes)
-    whole = tuple(name for name in found.workers if np.isfinite(found.scores([name])).all())
+    asked = options.workers.split(",") if options.workers else found.workers
+    whole = tuple(name for name in asked if np.isfinite(found.scores([name])).all())
     left = tuple(name for name in whole if name not in options.without.split(","))
     settings = SftRun(options.outcomes, Path(), workers=whole, landmarks=options.landmarks, progress=False)
     data = data_of(found, settings, options.split)
@@ -157,18 +159,19 @@ def data_of(found: Outcomes, settings: SftRun, split: str) -> tuple[Data, Data]:
 def ways_of(settings: SftRun, chosen: Candidate, linear: Candidate, generations: int) -> dict[str, Way]:
     """Every way of choosing, by name."""
 
-    def head(train: Data, seed: int, kind: Kind, candidate: Candidate) -> Checkpoint:
-        info = info_of(settings, settings.workers)
+    def head(train: Data, kind: Kind, candidate: Candidate) -> Checkpoint:
+        how = {"method": "sft", "tau": candidate.tau, "decay": candidate.decay, "objective": kind.objective}
+        info = replace(info_of(settings, settings.workers), trained=how)
         return fit(train.hidden, torch.from_numpy(train.scores).float(), info, candidate, kind)[0]
 
     def fitted(kind: Kind, candidate: Candidate) -> Way:
         def way(train: Data, held: Data, seed: int) -> Matrix:
-            return logits(head(train, seed, replace(kind, seed=seed), candidate), held)
+            return logits(head(train, replace(kind, seed=seed), candidate), held)
 
         return way
 
     def evolved(train: Data, held: Data, seed: int) -> Matrix:
-        start = head(train, seed, replace(settings.kind, seed=seed), chosen)
+        start = head(train, replace(settings.kind, seed=seed), chosen)
         return logits(evolution(start, train, seed, generations), held)
 
     return {
@@ -184,10 +187,13 @@ def ways_of(settings: SftRun, chosen: Candidate, linear: Candidate, generations:
 
 
 def evolution(start: Checkpoint, train: Data, seed: int, generations: int) -> Checkpoint:
-    """The head after so many generations on the training tasks, which also say whether it is better than its start."""
+    """The head after so many generations on the training tasks. They also say whether it is better than its start:
+    both by what heads say that were not fitted on the task in question."""
     policy = Policy(start, axes=principal_axes(start, train.hidden, AXES))
     table = Table(train.scores, np.full_like(train.scores, np.nan))
-    player = RecordedPlayer(policy, (train.hidden, table), (train.hidden, table))
+    unseen = unseen_logits(start, train.hidden, torch.from_numpy(train.scores).float(), folds=_FOLDS, seed=seed)
+    known = (train.hidden, table)
+    player = RecordedPlayer(policy, known, known, unseen=unseen)
     course = Course(Settings(seed=seed + 1), generations, len(train.tasks), validate_every=generations)
     with tempfile.TemporaryDirectory() as folder:
         found = evolve(player, policy.vector(), course, Path(folder) / "state.pkl", identity={})
@@ -279,9 +285,9 @@ def by_words(train: Data, held: Data, _seed: int) -> Matrix:
 def ridge(train: Data, held: Data, _seed: int) -> Matrix:
     """Ridge regression of the workers' scores on TF-IDF rows, by their products (there are more terms than tasks)."""
     mean = train.scores.mean(0)
-    kernel = train.words(train).double() + _RIDGE * torch.eye(len(train.tasks), dtype=torch.float64)
-    found = torch.linalg.solve(kernel, torch.from_numpy(train.scores - mean))
-    return np.asarray(mean + (held.words(train).double() @ found).numpy())
+    factor = torch.linalg.cholesky(train.words(train) + _RIDGE * torch.eye(len(train.tasks)))
+    found = torch.cholesky_solve(torch.from_numpy(train.scores - mean).float(), factor)
+    return np.asarray(mean + (held.words(train) @ found).numpy())
 
 
 def show(title: str, rows: Sequence[Row]) -> None:

@@ -5,7 +5,7 @@ on; then all workers' rows are polished together for a moment. Needs no Ray, no 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from actors.model_files import resolve_model
 from orchestrator.backbone import Device
 from orchestrator.head import Checkpoint, load_checkpoint, save_checkpoint
 from training.features import read_limit, task_states
-from training.fit import Candidate, Kind, fit, space_of
+from training.fit import Candidate, Kind, fit, sft_notes, space_of
 from training.outcomes import Outcomes, read_outcomes
 from training.sft import change, reached
 
@@ -203,7 +203,7 @@ def improved(
 def _candidate(settings: AddWorkerRun, head: Checkpoint) -> Candidate:
     if settings.worker in head.info.workers:
         raise CheckpointError(f"{settings.checkpoint} has a row for {settings.worker} already")
-    trained = _sft_notes(head)
+    trained = sft_notes(head)
     tau = float(trained.get("tau", _TAU)) if settings.tau is None else settings.tau
     decay = float(trained.get("decay", _DECAY)) if settings.decay is None else settings.decay
     if not (tau > 0 and decay > 0 and settings.polish >= 0):
@@ -214,15 +214,7 @@ def _candidate(settings: AddWorkerRun, head: Checkpoint) -> Candidate:
 def _kind(head: Checkpoint, seed: int) -> Kind:
     if head.landmarks is None:
         return Kind("linear", seed=seed)
-    return Kind("landmarks", _sft_notes(head).get("objective", "kl"), head.landmarks.count, seed)
-
-
-def _sft_notes(head: Checkpoint) -> Mapping[str, Any]:
-    """What the head says about its making by SFT; an evolved one says it of its start."""
-    notes = head.info.trained
-    while isinstance(notes.get("start"), Mapping):
-        notes = notes["start"]
-    return notes
+    return Kind("landmarks", sft_notes(head).get("objective", "kl"), head.landmarks.count, seed)
 
 
 def _tables(

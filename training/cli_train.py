@@ -165,6 +165,12 @@ def evolve(
             help="Evolve the singular values of this layer of the backbone, too (-1: the last).", metavar="LAYER"
         ),
     ] = None,
+    cross_fit: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Judge changes of a start by sft by tasks that it does not know: refit in so many parts."
+        ),
+    ] = 5,
     axes: Annotated[
         int | None,
         typer.Option(
@@ -225,6 +231,7 @@ def evolve(
             max_calls=max_calls,
             budget_usd=budget_usd,
             axes=axes,
+            cross_fit=cross_fit,
             singular=singular,
             reading=room.Reading(
                 backbone, prompt_format=prompt_format, max_tokens=read_tokens, device=device, **reading

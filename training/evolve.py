@@ -24,6 +24,7 @@ from training.adapted import AdaptedBackbone, AdaptedPlayer
 from training.curves import draw_curves, shown
 from training.evolution import Evolution
 from training.features import read_limit
+from training.fit import unseen_logits
 from training.generations import Course, Found, Player, evolve
 from training.outcomes import Task, read_outcomes
 from training.players import RecordedPlayer, known_results
@@ -197,7 +198,13 @@ def _player(
     seed = settings.search.seed
     if settings.singular is None:
         policy = policy_of(settings, base, train[1])
-        return policy, RecordedPlayer(policy, train[1:], held[1:], choose=settings.choose, seed=seed)
+        unseen = None
+        if policy.axes is not None and settings.cross_fit and base.info.trained.get("split") == settings.split:
+            scores = torch.from_numpy(train[2].scores).float()
+            unseen = unseen_logits(base, train[1], scores, folds=settings.cross_fit, seed=seed)
+        learned = train[1:]
+        validation = learned if settings.val_split == settings.split and len(held[0]) == len(train[0]) else held[1:]
+        return policy, RecordedPlayer(policy, learned, validation, choose=settings.choose, seed=seed, unseen=unseen)
     info, device = base.info, settings.reading.device
     folder = backbone_files(info, settings.reading).folder
     stored = Backbone.load(folder, reads=info.reads, device=device, dtype=torch.float32)
@@ -215,6 +222,7 @@ def how_trained(settings: EvolveRun, policy: Policy, course: Course, found: Foun
         "mode": settings.mode,
         "rollouts": "live" if settings.config else "recorded",
         "axes": None if policy.axes is None else len(policy.axes),
+        "cross_fit": settings.cross_fit,
         "start": dict(policy.base.info.trained) if settings.checkpoint else "zeros",
         "generations": len(found.history),
         "sigma": course.search.sigma,

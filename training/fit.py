@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -92,3 +94,41 @@ def fit(
     space = space_of(unfitted(hidden, scores.shape[1], kind), candidate.gamma)
     solution = solve(space.inputs(hidden), scores, tau=candidate.tau, decay=candidate.decay, objective=kind.objective)
     return space.head(solution, info), solution.losses
+
+
+def unseen_logits(head: Checkpoint, hidden: Tensor, scores: Tensor, *, folds: int, seed: int) -> Tensor | None:
+    """What heads like this one say about training tasks that they were not fitted on: logits `[N, L]` by refitting it,
+    on its own landmarks and with its own settings, without one of `folds` parts of the tasks after the other. None if
+    it does not say how it was fitted, or is not what was fitted then."""
+    notes = head.info.trained
+    if notes.get("method") != "sft" or "added" in notes or not {"tau", "decay", "objective"} <= set(notes):
+        return None
+    space = space_of(head)
+    inputs, logits = space.inputs(hidden), torch.zeros(scores.shape)
+    for fold in folds_of(range(len(hidden)), folds, seed):
+        rest = torch.ones(len(hidden), dtype=torch.bool)
+        rest[fold] = False
+        found = solve(inputs[rest], scores[rest], tau=notes["tau"], decay=notes["decay"], objective=notes["objective"])
+        logits[fold] = found.prior + inputs[fold] @ found.weight.T
+    return logits
+
+
+def sft_notes(head: Checkpoint) -> Mapping[str, Any]:
+    """What a head says about its making by SFT; an evolved one says it of its start."""
+    notes = head.info.trained
+    while isinstance(notes.get("start"), Mapping):
+        notes = notes["start"]
+    return notes
+
+
+def folds_of(groups: Sequence[Hashable], folds: int, seed: int) -> list[Tensor]:
+    """Positions in `groups`, partitioned at random; equal entries stay together, parts are of nearly equal size."""
+    members: dict[Hashable, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    order = list(members.values())
+    random.Random(seed).shuffle(order)
+    parts: list[list[int]] = [[] for _ in range(folds)]
+    for together in order:
+        min(parts, key=len).extend(together)
+    return [torch.tensor(sorted(part)) for part in parts]

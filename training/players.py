@@ -70,10 +70,17 @@ class RecordedPlayer:
         *,
         choose: Choose = "argmax",
         seed: int = 42,
+        unseen: Tensor | None = None,
     ) -> None:
+        """`unseen [N, rows]` are logits to put in place of the start's on the training tasks (`training.fit`), for a
+        policy that moves along axes: candidates would else be told how well a start that was fitted on these very tasks
+        remembers them. Validation on the training tasks themselves (the same `train`) is done likewise."""
         self._policy = policy
         self._features, self._table = policy.features(train[0]), train[1]
-        self._held, self._held_table = policy.features(validation[0]), validation[1]
+        if unseen is not None:
+            self._features[:, : unseen.shape[1]] = unseen.double().numpy()
+        self._held = self._features if validation is train else policy.features(validation[0])
+        self._held_table = validation[1]
         self._sampled = choose == "sample"
         self._draws = np.random.default_rng([seed, _VALIDATION]).random(len(self._held))
 

@@ -53,8 +53,11 @@ class EvolveRun:
     count all runs of this folder and end a live one at its last whole generation; calls in flight then are cancelled,
     and may have been paid for. `reward` replaces the tasks' own graders: `module:function`, called with task and
     response. `axes` is how many principal axes of the head's features are searched along (0: every weight by itself;
-    None: 64 for a head on landmarks, else 0). `singular` also evolves the singular values of that layer of the backbone
-    (0-based, negative from the end; recorded outcomes only): it then runs for every candidate and task.
+    None: 64 for a head on landmarks, else 0). A start on landmarks that was fitted on the same tasks is refitted
+    without each of `cross_fit` parts of them, and candidates are changes to what it then says of that part, as it would
+    of new tasks (0: to what it says of tasks that it knows; recorded outcomes only). `singular` also evolves the
+    singular values of that layer of the backbone (0-based, negative from the end; recorded outcomes only): it then runs
+    for every candidate and task.
     """
 
     out: Path
@@ -85,6 +88,7 @@ class EvolveRun:
     max_calls: int | None = None
     budget_usd: float | None = None
     axes: int | None = None
+    cross_fit: int = 5
     singular: int | None = None
     reading: Reading = field(default_factory=Reading)
     address: str | None = None
@@ -140,6 +144,8 @@ def policy_of(
         count = 0 if base.landmarks is None else AXES
     if count < 0:
         raise ConfigError(f"axes is {count}; it must be 0 or more")
+    if settings.cross_fit < 0 or settings.cross_fit == 1:
+        raise ConfigError(f"cross_fit is {settings.cross_fit}; it must be 0 or at least 2")
     return Policy(base, singular, principal_axes(base, hidden, count) if count else None)
 
 
@@ -173,7 +179,7 @@ def identity_of(
     for table in tables:
         digest.update(np.ascontiguousarray(table).tobytes())
     keys = ("mode", "size", "samples", "choose", "racing", "validate_every", "max_excluded", "max_turns", "max_tokens")
-    more = ("temperature", "guard", "reward", "singular", "axes")
+    more = ("temperature", "guard", "reward", "singular", "axes", "cross_fit")
     return {key: getattr(settings, key) for key in (*keys, *more)} | {
         "search": str(settings.search),
         "worth": str(settings.worth),

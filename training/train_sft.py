@@ -7,9 +7,8 @@ that every other split stays unseen.
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -24,7 +23,7 @@ from actors.model_files import resolve_model
 from orchestrator.backbone import Device
 from orchestrator.head import Checkpoint, CheckpointInfo, PromptFormat, Read, save_checkpoint
 from training.features import middle_read, task_states
-from training.fit import Candidate, Head, Kind, fit, space_of, unfitted
+from training.fit import Candidate, Head, Kind, fit, folds_of, space_of, unfitted
 from training.outcomes import Outcomes, read_outcomes
 from training.sft import Objective, reached, solve
 
@@ -277,19 +276,6 @@ def _reached_on(
                 start = found.weight
                 totals[index] = reached(found.prior + held @ found.weight.T, scores[fold]).sum()
     return totals
-
-
-def folds_of(groups: Sequence[Hashable], folds: int, seed: int) -> list[Tensor]:
-    """Positions in `groups`, partitioned at random; equal entries stay together, parts are of nearly equal size."""
-    members: dict[Hashable, list[int]] = {}
-    for index, group in enumerate(groups):
-        members.setdefault(group, []).append(index)
-    order = list(members.values())
-    random.Random(seed).shuffle(order)
-    parts: list[list[int]] = [[] for _ in range(folds)]
-    for together in order:
-        min(parts, key=len).extend(together)
-    return [torch.tensor(sorted(part)) for part in parts]
 
 
 def trained(settings: SftRun, report: SftReport, head: Checkpoint) -> Mapping[str, Any]:

@@ -222,6 +222,12 @@ def test_a_head_on_landmarks_is_searched_along_its_axes(place: Path, tmp_path: P
     (hidden,) = read(shipped.info, one, (held.tasks,), {})
     chosen = shipped.logits(hidden).argmax(-1).numpy()
     assert held.scores(WORKERS)[np.arange(len(chosen)), chosen].mean() == pytest.approx(report.best)
+    # Judged by what is known of the tasks, the fitness is another one.
+    other = replace(one, cross_fit=0, generations=1, out=tmp_path / "known.safetensors")
+    first = repeatable(run(other).folder / "history.jsonl")[0]
+    assert first["fitness_mean"] != repeatable(report.folder / "history.jsonl")[0]["fitness_mean"]
+    with pytest.raises(ConfigError, match="cross_fit is 1"):
+        run(replace(one, cross_fit=1, out=tmp_path / "other.safetensors"))
     with pytest.raises(ConfigError, match="axes is -1"):
         run(replace(one, axes=-1, out=tmp_path / "other.safetensors"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from orchestrator.head import Checkpoint, CheckpointInfo
 from orchestrator.landmarks import Landmarks
-from training.fit import MOST_NUMBERS, Candidate, Kind, fit, space_of, unfitted
+from training.fit import MOST_NUMBERS, Candidate, Kind, fit, folds_of, space_of, unfitted, unseen_logits
 from training.landmarks import k_means, place_landmarks, principal, whitening
 from training.sft import change, kl_loss, reached, soft_targets, solve
 
@@ -139,6 +140,28 @@ def test_the_linear_head_stays_the_other_option() -> None:
     assert head.weight.shape == (3, 16)
     torch.testing.assert_close(head.features(hidden).mean(0), torch.zeros(16), atol=1e-4, rtol=0)
     assert float(reached(head.logits(hidden), scores).mean()) > float(scores.mean(0).max())
+
+
+def test_unseen_logits_do_not_know_the_tasks_own_labels() -> None:
+    hidden, scores = clustered()
+    candidate = Candidate(0.25, 0.3, 4.0)
+    how = {"method": "sft", "tau": 0.25, "decay": 0.3, "objective": "kl"}
+    head, _ = fit(hidden, scores, replace(INFO, trained=how), candidate, Kind())
+    told = unseen_logits(head, hidden, scores, folds=5, seed=1)
+    assert told is not None
+    assert float(reached(told, scores).mean()) > 0.7
+    other = scores.clone()
+    fold = folds_of(range(300), 5, 1)[2]
+    other[fold] = 1 - other[fold]
+    again = unseen_logits(head, hidden, other, folds=5, seed=1)
+    assert again is not None
+    torch.testing.assert_close(again[fold], told[fold])
+    rest = torch.ones(300, dtype=torch.bool)
+    rest[fold] = False
+    assert float((again[rest] - told[rest]).abs().max()) > 0.1
+    # A head that was changed since, or does not say how it was made, is not refitted.
+    for notes in ({}, {"method": "sep-cma-es", "start": how}, {**how, "added": [{"worker": "c"}]}):
+        assert unseen_logits(replace(head, info=replace(INFO, trained=notes)), hidden, scores, folds=5, seed=1) is None
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ from tests.orchestrator.tiny import tiny_folder
 from tests.training.problems import SUBJECTS, WORKERS, world
 from training import train_sft
 from training.features import middle_read, read_limit
+from training.fit import folds_of
 from training.outcomes import Outcomes, read_outcomes, write_outcomes
-from training.train_sft import SftRun, check, choose, folds_of
+from training.train_sft import SftRun, check, choose
 
 
 @pytest.fixture(scope="module")
