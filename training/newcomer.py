@@ -141,4 +141,5 @@ def _shared(found: Outcomes, split: str, workers: Sequence[str], *, every: bool)
     tasks = [task for task, count in zip(part.tasks, told, strict=True) if count >= (len(workers) if every else 1)]
     if not tasks:
         raise DataError(f"no task of the split {split} has outcomes of {', '.join(workers)}")
-    return tasks
+    # Labelling changes the order in the file; what is chosen must not follow it, or a second run would choose anew.
+    return sorted(tasks, key=lambda task: task.task_id)
