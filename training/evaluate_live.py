@@ -211,6 +211,8 @@ def _tasks(settings: LiveRun) -> list[Task]:
     given = LabelRun(Path(), settings.outcomes, settings.sources, settings.source, split=settings.split)
     tasks = tasks_of(given, known_outcomes(settings.outcomes))
     if settings.limit is not None and settings.limit < len(tasks):
+        # Labelling changes the order in the folder; what is measured must not follow it.
+        tasks = sorted(tasks, key=lambda task: task.task_id)
         tasks = [tasks[index * len(tasks) // settings.limit] for index in range(settings.limit)]
     check_tasks(tasks)
     return tasks

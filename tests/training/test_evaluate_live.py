@@ -27,7 +27,7 @@ from training import train_sft
 from training.evaluate_live import LiveRun, endpoint_specs, run
 from training.generations import BudgetReachedError
 from training.metering import Meter, MeteredWorker, PaidCalls, Purse
-from training.outcomes import read_outcomes
+from training.outcomes import read_outcomes, write_outcomes
 from training.spending import Budget
 from training.systems import System
 
@@ -212,6 +212,21 @@ def test_an_endpoint(ray_session: None, place: Path, tmp_path: Path, upstream: L
     assert (report.reference, report.reference_from) == ("maps", "the order of the models")
     assert report.row("maps").cost_usd is None
     assert Counter(request.model for request in upstream.requests) == {"maps": 24, "org/words": 24}
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_so_many_tasks_are_the_same_ones_each_time(
+    ray_session: None, place: Path, tmp_path: Path, upstream: LoopbackProvider
+) -> None:
+    """The folder's own tasks, whose order labelling changes."""
+    write_outcomes(tmp_path / "live", read_outcomes(place / "outcomes"))
+    told = settings(place, tmp_path, upstream, sources=(), split="val", limit=7)
+    report = run(told)
+    assert (report.tasks, report.wanted, report.requests) == (7, 7, 21)
+    # The head was trained where the recorded outcomes say who is best.
+    assert report.reference_from == "the training tasks"
+    assert run(told).requests == 21
 
 
 def test_endpoints_names() -> None:
