@@ -60,7 +60,8 @@ class UltraEngine:
                     yield piece
             elif show and (line := ultra_view.shown(event)):
                 told.append(line)
-                if job.stream:
+                # Not after the answer has begun: clients take what comes last for the answer.
+                if job.stream and not streamed:
                     yield Chunk(reasoning=line)
         reply = await self._kept(answering)
         if job.stream:

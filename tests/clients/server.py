@@ -14,12 +14,15 @@ import uvicorn
 from actors.adapters.anthropic import AnthropicAdapter
 from actors.adapters.openai import OpenAIAdapter
 from actors.config import FuguConfig, WorkerSpec
+from actors.journal import state_dir
 from actors.messages import ChatReply, ChatRequest, Chunk
 from actors.transport import make_transport
 from actors.worker import WorkerRuntime
 from serve.api.health import Readiness
+from serve.conductor import conducting
 from serve.gateway import Gateway
 from serve.router import OrderDecider
+from serve.store import SqliteStore
 from tests.loopback import LoopbackProvider
 
 KEY = "clients-test-key-5b1d"
@@ -59,10 +62,13 @@ class ClientServer:
             {
                 "workers": [{"name": "chatty", **openai, **common}, {"name": "claudine", **claude, **common}],
                 "serve": {"api_keys": [KEY], "keep_alive": 1.0},
+                "conductor": {"worker": "chatty"},
             }
         )
-        workers = [_Worker(spec) for spec in config.active]
-        self.app = Gateway(config, workers, OrderDecider(WORKERS), Readiness({}))
+        workers = {spec.name: _Worker(spec) for spec in config.active}
+        ultra = conducting(config, workers), SqliteStore(state_dir() / "workflows.sqlite")
+        decider = OrderDecider(WORKERS)
+        self.app = Gateway(config, list(workers.values()), decider, Readiness({}), ultra=ultra)
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         self._server = uvicorn.Server(uvicorn.Config(self.app, log_level="warning", lifespan="off"))
