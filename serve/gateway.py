@@ -40,6 +40,7 @@ from serve.auth import Keys
 from serve.conductor import Conducting, conducting, why_no_conductor
 from serve.keys import KeyBook
 from serve.memory import ActorStore
+from serve.metrics import Meter, NoMeter, RayMeter
 from serve.router import Decider, OrderDecider, RouterClient
 from serve.schema import ChatBody
 from serve.schema_messages import CountBody, MessagesBody
@@ -67,6 +68,7 @@ class Gateway:
         *,
         no_roles: str | None = "no router with roles is deployed",
         ultra: tuple[Conducting, Store] | str = "the configuration has no conductor",
+        meter: Meter | None = None,
     ) -> None:
         deciding = Deciding(config, workers, decider)
         engines: dict[str, Engine] = {MODEL: FuguEngine(deciding), TRINITY: TrinityEngine(deciding)}
@@ -81,7 +83,9 @@ class Gateway:
         background = Background(conversations, config.serve.request_timeout)
         dialects: tuple[Dialect, ...] = (ChatDialect(), ResponsesDialect(conversations), MessagesDialect())
         self._endpoints: dict[str, Endpoint | CountEndpoint] = {
-            dialect.path: Endpoint(dialect, deciding, engines, keys, wishes, background, absent=absent)
+            dialect.path: Endpoint(
+                dialect, deciding, engines, keys, wishes, background, meter or NoMeter(), absent=absent
+            )
             for dialect in dialects
         }
         self._endpoints[COUNT_PATH] = CountEndpoint(MessagesDialect(), keys, config.serve, count_tokens)
@@ -132,7 +136,9 @@ class GatewayReplica:
         if self._config.conductor is not None and self._no_conductor is None:
             store = ActorStore(self._config.conductor.memory)
             ultra = conducting(self._config, self._pool.workers), store
-        return Gateway(self._config, workers, self._decider, readiness, no_roles=self._no_roles, ultra=ultra)
+        return Gateway(
+            self._config, workers, self._decider, readiness, no_roles=self._no_roles, ultra=ultra, meter=RayMeter()
+        )
 
     async def _workers(self) -> str | None:
         """Also gets workers going: an actor loads its models when it is first asked for them, restarted ones too."""

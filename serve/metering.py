@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass
 
 from actors.estimate import Estimate, estimate_tokens
 from actors.messages import ChatRequest, Usage
-from serve.api.job import Done, Event
 from serve.auth import Caller
 from serve.keys import Key, KeyBook
 from serve.trace import Trace
@@ -20,19 +17,19 @@ log = logging.getLogger("fugu.gateway")
 
 @dataclass(slots=True)
 class Metered:
-    """A reservation. `done` is set by whoever sees the answer end: the tokens and the cost of all its calls."""
+    """A reservation."""
 
     book: KeyBook
     key: Key
     number: int
     estimate: Estimate
-    done: tuple[Usage, float | None] | None = None
 
     async def settle(self, trace: Trace) -> None:
         """Once, at the end. A request that ended early is charged with the calls that were completed for it, and one
         that broke off while it was streamed with what it read, its cost unknown."""
-        if self.done is not None:
-            usage, usd = self.done
+        usd: float | None
+        if trace.ended is not None:
+            usage, usd = trace.ended.usage, trace.ended.usd
         elif trace.spent:
             usage = sum((each.usage for each in trace.spent), Usage())
             costs = [each.usd for each in trace.spent]
@@ -61,16 +58,3 @@ async def admit(book: KeyBook | None, caller: Caller, request: ChatRequest) -> M
         return None
     estimate = estimate_tokens(request, limit=caller.key.tokens_per_minute)
     return Metered(book, caller.key, await book.admit(caller.key, estimate.total), estimate)
-
-
-def noted(events: AsyncGenerator[Event, None], metered: Metered | None) -> AsyncGenerator[Event, None]:
-    """The events; the end of the answer is noted as it passes."""
-    return events if metered is None else _noted(events, metered)
-
-
-async def _noted(events: AsyncGenerator[Event, None], metered: Metered) -> AsyncGenerator[Event, None]:
-    async with aclosing(events):
-        async for event in events:
-            if isinstance(event, Done):
-                metered.done = (event.total, event.cost_usd)
-            yield event

@@ -37,7 +37,9 @@ class Spent:
 @dataclass(slots=True)
 class Trace:
     """Gathered while a request runs. All times in seconds. `turns` is of a session (`serve.api.session`), else None.
-    `spent` are the calls that were completed, for who must know of them though no answer came."""
+    `spent` are the calls that were completed, for who must know of them though no answer came; `ended` is all that an
+    answer took which came to its end,
+    and `queued_s` how long the answering call waited for its worker's limits."""
 
     request_id: str
     started: float
@@ -46,6 +48,8 @@ class Trace:
     dropped: tuple[str, ...] = ()
     turns: list[dict[str, Any]] | None = None
     spent: list[Spent] = field(default_factory=list)
+    ended: Spent | None = None
+    queued_s: float = 0.0
     workflow: dict[str, Any] | None = None
 
     def body(self, reply: ChatReply | None, now: float, error: FuguError | None = None) -> dict[str, Any]:
@@ -62,7 +66,7 @@ class Trace:
             "timings": {
                 "decision_s": round(choice.seconds, 6) if choice else None,
                 "queued_s": round(reply.timing.queued_s, 6) if reply else None,
-                "first_byte_s": self._first_byte(choice),
+                "first_byte_s": self.first_byte(),
                 "total_s": round(now - self.started, 6),
             },
             "dropped": list(dropped),
@@ -83,12 +87,12 @@ class Trace:
             body["error"] = error.envelope()["error"]
         return body
 
-    def _first_byte(self, choice: Choice | None) -> float | None:
+    def first_byte(self) -> float | None:
         """Since the request began: decision, failed attempts, and the answering worker's own first byte."""
         last = self.record.attempts[-1] if self.record.attempts else None
         if last is None or last.first_byte_s is None:
             return None
-        return round((choice.seconds if choice else 0.0) + last.started_s + last.first_byte_s, 6)
+        return round((self.choice.seconds if self.choice else 0.0) + last.started_s + last.first_byte_s, 6)
 
 
 def _attempt(attempt: Attempt) -> dict[str, Any]:

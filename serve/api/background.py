@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 
 from actors.errors import DeadlineError, FuguError
 from serve.api.conversations import Conversations
 from serve.api.http import where_of
-from serve.api.job import Done, Engine, Event, Job
+from serve.api.job import Done, Engine, Job
 from serve.api.responses import ResponsesExchange
-from serve.metering import Metered, noted
+from serve.metering import Metered
+from serve.trace import Spent
 
 log = logging.getLogger("fugu.gateway")
 
@@ -38,7 +38,7 @@ class Background:
         return body
 
     async def _make(self, job: Job, exchange: ResponsesExchange, engine: Engine, metered: Metered | None) -> None:
-        making = asyncio.create_task(self._answer(exchange, noted(engine.run(job), metered)))
+        making = asyncio.create_task(self._answer(job, exchange, engine))
         try:
             while not making.done():
                 await asyncio.wait((making,), timeout=_LOOK_SECONDS)
@@ -52,13 +52,15 @@ class Background:
             if metered is not None:
                 await metered.settle(job.trace)
 
-    async def _answer(self, exchange: ResponsesExchange, events: AsyncGenerator[Event, None]) -> None:
+    async def _answer(self, job: Job, exchange: ResponsesExchange, engine: Engine) -> None:
         try:
             try:
-                async with asyncio.timeout(self._limit), aclosing(events):
+                async with asyncio.timeout(self._limit), aclosing(engine.run(job)) as events:
                     async for event in events:
-                        if isinstance(event, Done) and not await exchange.was_cancelled():
-                            await exchange.keep(event)
+                        if isinstance(event, Done):
+                            job.trace.ended = Spent(event.total, event.cost_usd)
+                            if not await exchange.was_cancelled():
+                                await exchange.keep(event)
             except TimeoutError:
                 raise DeadlineError(f"no complete answer within {self._limit:g} s") from None
         except FuguError as error:

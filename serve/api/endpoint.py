@@ -26,9 +26,10 @@ from serve.api.models import check_served
 from serve.api.responses import ResponsesExchange
 from serve.api.wishes import WishReader
 from serve.auth import Caller, Keys
-from serve.metering import Metered, admit, noted
+from serve.metering import Metered, admit
+from serve.metrics import Meter
 from serve.schema import FuguBody
-from serve.trace import Trace
+from serve.trace import Spent, Trace
 
 log = logging.getLogger("fugu.gateway")
 
@@ -101,6 +102,7 @@ class Endpoint:
         keys: Keys,
         wishes: WishReader,
         background: Background,
+        meter: Meter,
         *,
         absent: Mapping[str, str],
     ) -> None:
@@ -111,6 +113,7 @@ class Endpoint:
         self._keys = keys
         self._wishes = wishes
         self._background = background
+        self._meter = meter
         self._absent = absent
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -119,6 +122,7 @@ class Endpoint:
         answer = _Answer(send, self._dialect, trace.request_id)
         traced = False
         metered: Metered | None = None
+        model, outcome = "", "ok"
         try:
             caller = await self._keys.enter(self._dialect.credential(headers))
             _check_content_type(headers)
@@ -126,6 +130,7 @@ class Endpoint:
             exchange = await self._dialect.read(raw, trace.request_id, caller)
             check_served(exchange.model, self._absent)
             caller.check_model(exchange.model)
+            model = exchange.model
             wishes = self._wishes.read(exchange.fugu or FuguBody(), headers, caller)
             traced = wishes.trace
             request, trace.dropped = exchange.request()
@@ -138,19 +143,23 @@ class Endpoint:
             limit = self._config.request_timeout
             try:
                 async with asyncio.timeout(limit):
-                    await self._answer(job, exchange, answer, metered)
+                    await self._answer(job, exchange, answer)
             except TimeoutError:
                 raise DeadlineError(f"no complete answer within {limit:g} s") from None
         except FuguError as error:
+            outcome = error.code
             await answer.fail(error, trace if traced else None)
         except asyncio.CancelledError:
+            outcome = "cancelled"
             raise
         except Exception as error:
             # A fault of ours: the caller learns that it happened, the log learns where, neither sees the request.
+            outcome = FuguError.code
             log.error("request %s failed: %s", trace.request_id, where_of(error))
             await answer.fail(FuguError("internal error; the server's log has more"), trace if traced else None)
         finally:
             self._deciding.resting.learn(trace.record)
+            self._meter.request(self._dialect.path, model, outcome, trace, time.perf_counter())
             if metered is not None:
                 await metered.settle(trace)
 
@@ -158,31 +167,40 @@ class Endpoint:
         """Answer with an error and do nothing."""
         await _Answer(send, self._dialect, request_id(headers_of(scope))).fail(error, None)
 
-    async def _answer(self, job: Job, exchange: Exchange, answer: _Answer, metered: Metered | None) -> None:
-        events = noted(self._engines[job.model].run(job), metered)
+    async def _answer(self, job: Job, exchange: Exchange, answer: _Answer) -> None:
+        events = self._engines[job.model].run(job)
         if not exchange.stream:
             async with aclosing(events):
                 async for event in events:
                     if isinstance(event, Done):
+                        _note_end(job.trace, event)
                         await exchange.keep(event)
                         await answer.whole(exchange.whole(event))
             return
         answer.exchange = exchange
-        lines = sse.with_keep_alive(_written(events, exchange), self._config.keep_alive, exchange.alive)
+        lines = sse.with_keep_alive(_written(events, exchange, job.trace), self._config.keep_alive, exchange.alive)
         async with aclosing(lines):
             async for line in lines:
                 await answer.event(line)
         await answer.done()
 
 
-async def _written(events: AsyncGenerator[Event, None], exchange: Exchange) -> AsyncGenerator[bytes, None]:
+async def _written(
+    events: AsyncGenerator[Event, None], exchange: Exchange, trace: Trace
+) -> AsyncGenerator[bytes, None]:
     async with aclosing(events):
         async for event in events:
             if isinstance(event, Done):
+                _note_end(trace, event)
                 await exchange.keep(event)
                 yield exchange.end(event)
             else:
                 yield exchange.chunk(event)
+
+
+def _note_end(trace: Trace, done: Done) -> None:
+    trace.ended = Spent(done.total, done.cost_usd)
+    trace.queued_s = done.reply.timing.queued_s
 
 
 class CountEndpoint:

@@ -1,0 +1,88 @@
+"""What the gateway tells Prometheus, through Ray's metrics endpoint. Names only, never a prompt or a key.
+
+fugu_requests_total{path, model, outcome}      outcome is ok, cancelled or an error's code
+fugu_request_seconds{path, model}              from the request's head to the answer's end
+fugu_first_byte_seconds{model, worker}         to the answer's first byte
+fugu_decision_seconds{source}                  the router's part of it
+fugu_queued_seconds{worker}                    waiting for the worker's limits
+fugu_answers_total{model, worker, source}      who answered, and how that was decided
+fugu_failures_total{worker, code}              attempts that failed; circuit_open is the breaker's
+fugu_tokens_total{model, kind}                 kind is input, cached, output or reasoning
+fugu_cost_usd_total{model}                     of the calls whose price is known
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ray.util.metrics import Counter, Histogram
+
+from serve.trace import Trace
+
+# Seconds: from a cached answer to a workflow of minutes.
+_LONG = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3600]
+_SHORT = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]
+
+
+class Meter(Protocol):
+    def request(self, path: str, model: str, outcome: str, trace: Trace, now: float) -> None:
+        """Note a request that is over. `model` is "" where it was not known or not served; `now` on the trace's
+        clock."""
+
+
+class NoMeter:
+    """Notes nothing."""
+
+    def request(self, path: str, model: str, outcome: str, trace: Trace, now: float) -> None:
+        return
+
+
+class RayMeter:
+    """See the module docstring. Needs a Ray process."""
+
+    def __init__(self) -> None:
+        self._requests = Counter("fugu_requests", "Requests", ("path", "model", "outcome"))
+        self._seconds = Histogram("fugu_request_seconds", "Seconds in all", _LONG, ("path", "model"))
+        self._first = Histogram("fugu_first_byte_seconds", "Seconds to the first byte", _LONG, ("model", "worker"))
+        self._decision = Histogram("fugu_decision_seconds", "Seconds to decide", _SHORT, ("source",))
+        self._queued = Histogram("fugu_queued_seconds", "Seconds of waiting for limits", _LONG, ("worker",))
+        self._answers = Counter("fugu_answers", "Answers by worker", ("model", "worker", "source"))
+        self._failures = Counter("fugu_failures", "Failed attempts", ("worker", "code"))
+        self._tokens = Counter("fugu_tokens", "Tokens", ("model", "kind"))
+        self._cost = Counter("fugu_cost_usd", "USD", ("model",))
+
+    def request(self, path: str, model: str, outcome: str, trace: Trace, now: float) -> None:
+        self._requests.inc(1, {"path": path, "model": model, "outcome": outcome})
+        if not model:
+            return
+        self._seconds.observe(now - trace.started, {"path": path, "model": model})
+        choice, worker = trace.choice, trace.record.worker
+        if choice is not None:
+            self._decision.observe(choice.seconds, {"source": choice.source})
+        for attempt in trace.record.attempts:
+            if attempt.error is not None:
+                self._failures.inc(1, {"worker": attempt.worker, "code": attempt.error.code})
+        if worker is not None:
+            self._answers.inc(1, {"model": model, "worker": worker, "source": choice.source if choice else ""})
+            first = trace.first_byte()
+            if first is not None:
+                self._first.observe(first, {"model": model, "worker": worker})
+        if trace.ended is not None:
+            self._end(model, worker, trace)
+
+    def _end(self, model: str, worker: str | None, trace: Trace) -> None:
+        assert trace.ended is not None
+        usage = trace.ended.usage
+        kinds = {
+            "input": usage.input_tokens,
+            "cached": usage.cached_input_tokens,
+            "output": usage.output_tokens,
+            "reasoning": usage.reasoning_tokens,
+        }
+        for kind, tokens in kinds.items():
+            if tokens:
+                self._tokens.inc(tokens, {"model": model, "kind": kind})
+        if trace.ended.usd:
+            self._cost.inc(trace.ended.usd, {"model": model})
+        if worker is not None:
+            self._queued.observe(trace.queued_s, {"worker": worker})

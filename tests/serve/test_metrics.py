@@ -1,0 +1,101 @@
+"""What Prometheus is told, at the gateway and at Ray's own endpoint."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from actors.errors import WorkerUnavailableError
+from actors.messages import Usage
+from orchestrator.dispatch import Attempt, Record
+from serve.metrics import RayMeter
+from serve.trace import Choice, Spent, Trace
+from tests.serve.test_gateway import Scripted, gateway, post
+
+
+class Noted:
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str, str, Trace]] = []
+
+    def request(self, path: str, model: str, outcome: str, trace: Trace, now: float) -> None:
+        assert now >= trace.started
+        self.seen.append((path, model, outcome, trace))
+
+
+def metered(*workers: Scripted) -> tuple[Any, Noted]:
+    app, noted = gateway(*workers), Noted()
+    for endpoint in app._endpoints.values():
+        endpoint._meter = noted  # type: ignore[union-attr]
+    return app, noted
+
+
+async def test_every_request_is_noted_once_with_its_outcome() -> None:
+    app, noted = metered(Scripted("a", WorkerUnavailableError("down", worker="a")), Scripted("b", "yes"))
+    await post(app)
+    await post(app, stream=True)
+    await post(app, temperature=9)
+    await post(app, model="nothing")
+    await post(app, fugu={"allow": ["a"]})
+    assert [(path, model, outcome) for path, model, outcome, _ in noted.seen] == [
+        ("/v1/chat/completions", "fugu", "ok"),
+        ("/v1/chat/completions", "fugu", "ok"),
+        ("/v1/chat/completions", "", "invalid_request"),
+        ("/v1/chat/completions", "", "model_not_found"),
+        ("/v1/chat/completions", "fugu", "all_workers_failed"),
+    ]
+    for _, _, _, trace in noted.seen[:2]:
+        assert trace.record.worker == "b"
+        assert trace.ended == Spent(Usage(5, 3, 1, 2), 0.25)
+        assert [attempt.error is None for attempt in trace.record.attempts] == [False, True]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_rays_endpoint_tells_it() -> None:
+    import ray
+
+    failed = Attempt("a", 0.0, 0.1, None, WorkerUnavailableError("down", worker="a"))
+    record = Record([failed, Attempt("b", 0.1, 0.5, 0.25)], "b")
+    trace = Trace("id", 0.0, Choice("a", {"a": 1.0}, "head", seconds=0.02), record)
+    trace.ended = Spent(Usage(7, 5, 3, 0), 0.5)
+    meter = RayMeter()
+    for _ in range(3):
+        meter.request("/v1/messages", "fugu", "ok", trace, 1.0)
+    port = ray.nodes()[0]["MetricsExportPort"]
+    expected = {
+        "ray_fugu_requests_total": 3,
+        "ray_fugu_answers_total": 3,
+        "ray_fugu_failures_total": 3,
+        "ray_fugu_cost_usd_total": 1.5,
+        "ray_fugu_request_seconds_sum": 3,
+        "ray_fugu_first_byte_seconds_count": 3,
+    }
+    deadline, found = time.monotonic() + 60, dict[str, float]()
+    while found != expected and time.monotonic() < deadline:
+        time.sleep(1)
+        text = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+        lines = [line for line in text.splitlines() if line.startswith(tuple(f"{name}{{" for name in expected))]
+        found = {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
+    assert found == expected
+
+
+def test_the_dashboard_shows_metrics_that_there_are() -> None:
+    import json
+    import re
+
+    from serve import metrics
+
+    dashboard = json.loads((Path(__file__).resolve().parents[2] / "cluster" / "grafana.json").read_text())
+    told = set(re.findall(r"fugu_[a-z_]+", metrics.__doc__ or ""))
+    shown = {
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"ray_(fugu_[a-z_]+)", target["expr"])
+    }
+    assert {name.removesuffix("_bucket") for name in shown} <= told
+    assert told == {name.removesuffix("_bucket") for name in shown}, "each has a panel"
