@@ -37,6 +37,8 @@ _SDKS = {
     "gcp": ("googleapiclient", "google-api-python-client"),
     "azure": ("azure", "azure-…"),
 }
+# Without it, and without a terminal, every ssh command is printed.
+_STYLE = ("--log-style", "pretty")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -82,7 +84,8 @@ def up(path: Path) -> None:
     check_file(path)
     # Every node gets this file; who does not have it talks to none of them.
     _run([*_ray(), "get-auth-token", "--generate"], "making a token for the cluster", quiet=True)
-    _run([*_ray(), "up", "--yes", "--no-config-cache", str(path.resolve())], "ray up", seconds=LAUNCH_SECONDS)
+    launch = [*_ray(), "up", "--yes", "--no-config-cache", *_STYLE, str(path.resolve())]
+    _run(launch, "ray up", seconds=LAUNCH_SECONDS)
 
 
 def down(path: Path) -> None:
@@ -92,7 +95,7 @@ def down(path: Path) -> None:
         ConfigError, ClusterError: as `up`.
     """
     check_file(path)
-    _run([*_ray(), "down", "--yes", str(path.resolve())], "ray down", seconds=LAUNCH_SECONDS)
+    _run([*_ray(), "down", "--yes", *_STYLE, str(path.resolve())], "ray down", seconds=LAUNCH_SECONDS)
 
 
 def submit(cluster: Path | str, command: Sequence[str], name: str | None = None) -> str:
@@ -141,7 +144,8 @@ def on_head(cluster: Path, action: str, what: str, *, seconds: float = COMMAND_S
     Raises:
         ClusterError: it failed, or the head cannot be reached.
     """
-    _run([*_ray(), "exec", "--no-config-cache", str(cluster.resolve()), f"{NODE} {action}"], what, seconds=seconds)
+    command = [*_ray(), "exec", "--no-config-cache", *_STYLE, str(cluster.resolve()), f"{NODE} {action}"]
+    _run(command, what, seconds=seconds)
 
 
 def _ray() -> list[str]:

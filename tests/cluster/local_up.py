@@ -28,7 +28,7 @@ TOOLS = ("unshare", "ip", "sshd", "ssh", "ssh-keygen", "rsync", "mount")
 LAPTOP, HEAD, WORKER = "10.88.0.1", "10.88.0.2", "10.88.0.3"
 PORT = 8000
 KEY = "local-cluster-key-93d1"
-JOB_SECONDS = 180.0
+JOB_SECONDS = 400.0
 HOME = "/tmp/home"
 # Where the pieces lie that all machines share, as a cluster's shared storage.
 SHARED = Path("/mnt/fugu-local-up")
@@ -81,7 +81,11 @@ def inside(folder: Path) -> None:
     home.mkdir()
     # Our own /tmp: Ray's launcher keeps files there that name a cluster.
     _sh("mount -t tmpfs tmpfs /tmp")
-    os.environ |= {"HOME": str(home), "PATH": f"{Path(sys.executable).parent}:/usr/sbin:/sbin:{os.environ['PATH']}"}
+    os.environ |= {
+        "HOME": str(home),
+        "COLUMNS": "200",
+        "PATH": f"{Path(sys.executable).parent}:/usr/sbin:/sbin:{os.environ['PATH']}",
+    }
     for name in [name for name in os.environ if name.startswith(("RAY_", "FUGU_"))]:
         del os.environ[name]
     _network()
@@ -103,30 +107,35 @@ def work() -> None:
     """What a user does, with `fugu` alone."""
     cluster = _cluster_file()
     pool = _pool()
+
+    def told() -> str:
+        return _status(cluster)
+
     _step("fugu up")
     _fugu("up", str(cluster))
-    _until("both machines are in", lambda: _status(cluster).count("10.88.0.") >= 2, 120)
+    _until("both machines are in", lambda: told().count("10.88.0.") >= 2, 240, told)
     _step("fugu submit train evolve")
     out = SHARED / "router.safetensors"
     evolve = ["train", "evolve", "--config", str(pool), "--outcomes", str(SHARED / "outcomes"), "--out", str(out)]
     evolve += ["--mode", "fugu", "--generations", "2", "--population", "4", "--size", "4", "--backbone"]
     evolve += [str(SHARED / "tiny"), "--read-tokens", "128", "--quiet"]
     _fugu("submit", "--cluster", str(cluster), "--name", "evolution", *evolve)
-    _until("the evolution is done", lambda: "SUCCEEDED" in _job(cluster, "evolution"), JOB_SECONDS)
+    _until("the evolution is done", lambda: "SUCCEEDED" in _job(cluster, "evolution"), JOB_SECONDS, told)
     assert out.exists(), "the checkpoint was written to shared storage"
     _step("fugu deploy")
     _fugu(
-        "deploy", str(pool), "--cluster", str(cluster), "--host", "0.0.0.0", "--checkpoint", str(out), "--wait", "150"
+        "deploy", str(pool), "--cluster", str(cluster), "--host", "0.0.0.0", "--checkpoint", str(out), "--wait", "300"
     )
     for address in (HEAD, WORKER):
-        told = _ask(address, _prompt())
-        print(f"  {address} answered through {told['fugu']['worker']}, decided by {told['fugu']['source']}")
-        assert told["choices"][0]["message"]["content"] in ("x", "y")
-        assert told["fugu"]["source"] == "head"
-    told = _status(cluster)
-    print(told)
-    assert "evolution" in told
-    assert str(out) in told.replace("\n", ""), "status tells which checkpoint decides"
+        reply = _ask(address, "question 3")
+        trace = reply["fugu"]
+        print(f"  {address} answered through {trace['worker']}, decided by {trace['source']}")
+        assert reply["choices"][0]["message"]["content"] in ("x", "y")
+        assert trace["source"] == "head"
+    status = told()
+    print(status)
+    assert "evolution" in status
+    assert str(out) in status, "status tells which checkpoint decides"
     _step("fugu down")
     _fugu("down", str(cluster), "--yes")
 
@@ -232,10 +241,6 @@ def _pool() -> Path:
     return path
 
 
-def _prompt() -> str:
-    return "question 3"
-
-
 def _ask(address: str, prompt: str) -> dict[str, Any]:
     import httpx
 
@@ -249,7 +254,7 @@ def _ask(address: str, prompt: str) -> dict[str, Any]:
 
 def _fugu(*arguments: str) -> None:
     command = [sys.executable, str(ROOT / "fugu.py"), *arguments]
-    done = subprocess.run(command, cwd=SHARED, timeout=400, check=False)
+    done = subprocess.run(command, cwd=SHARED, timeout=600, check=False)
     assert done.returncode == 0, f"fugu {' '.join(arguments[:2])} ended with {done.returncode}"
 
 
@@ -276,10 +281,10 @@ def _ssh(address: str, command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(ssh, capture_output=True, text=True, timeout=30, check=False)
 
 
-def _until(what: str, condition: Any, seconds: float) -> None:
+def _until(what: str, condition: Any, seconds: float, tell: Any = lambda: "") -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}\n{tell()}"
         time.sleep(0.5)
 
 

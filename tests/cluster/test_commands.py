@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,8 @@ def test_emitting_says_what_is_wrong(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_up_submit_deploy_down_for_real(capfd: pytest.CaptureFixture[str]) -> None:
     reason = local_up.why_not()
+    if not os.environ.get("FUGU_CLUSTER_TESTS"):
+        reason = "takes minutes and several gigabytes: set FUGU_CLUSTER_TESTS=1"
     if reason is not None:
         pytest.skip(reason)
     with pytest.raises(SystemExit) as ended:

@@ -12,26 +12,36 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(660)]
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Everything in one run, in a process of its own: the session's Ray is another."""
-    folder = tmp_path_factory.mktemp("nodes")
+def reported(folder: Path, part: str) -> dict[str, Any]:
+    """What happened, in a process of its own: the session's Ray is another."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.cluster.three_nodes", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    command = [sys.executable, "-m", "tests.cluster.three_nodes", str(folder), part]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = json.loads((folder / "report.json").read_text())
     return found
 
 
-def test_a_node_lost_in_a_generation_changes_nothing(report: dict[str, Any]) -> None:
-    evolve = report["evolve"]
+@pytest.fixture(scope="module")
+def evolved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return reported(tmp_path_factory.mktemp("evolve"), "evolve")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    if not os.environ.get("FUGU_CLUSTER_TESTS"):
+        pytest.skip("takes minutes and several gigabytes: set FUGU_CLUSTER_TESTS=1")
+    return reported(tmp_path_factory.mktemp("serve"), "serve")
+
+
+def test_a_node_lost_in_a_generation_changes_nothing(evolved: dict[str, Any]) -> None:
+    evolve = evolved["evolve"]
     disturbed = evolve["disturbed"]
     assert disturbed["in_flight"] >= 4, "sessions were under way"
     assert 1 <= disturbed["generations_done"] < 3

@@ -1,7 +1,7 @@
-"""A cluster of three nodes on this machine, on which things die: `python -m tests.cluster.three_nodes FOLDER`.
+"""A cluster of three nodes on this machine, on which things die: `python -m tests.cluster.three_nodes FOLDER PART…`.
 
 A process of its own, because a test session has one Ray, and that is another. What happened goes to FOLDER/report.json,
-which tests/cluster/test_nodes.py looks at.
+which tests/cluster/test_nodes.py looks at. The parts: `evolve`, `serve`.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ from tests.loopback import Behaviour, LoopbackProvider
 WORKERS = ("sums", "words", "maps")
 KEY = "cluster-test-key-2b81"
 BOUND = 60.0
+DEPLOY_SECONDS = 240.0
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, parts: list[str]) -> None:
     (folder / "haproxy").mkdir()
     prepare(ServeConfig(), folder / "haproxy")
     os.environ |= {"FUGU_STATE": str(folder / "state"), "FUGU_CACHE": str(folder / "cache"), "CLUSTER_KEY": KEY}
@@ -53,20 +54,29 @@ def main(folder: Path) -> None:
         serving = cluster.add_node(num_cpus=2, resources={"rollout": 1000, "egress": 1000, "serve": 1000})
         ray.init(address=cluster.address, namespace="fugu", log_to_driver=False, logging_level="ERROR")
         with LoopbackProvider() as upstream:
-            report["evolve"] = evolve_with_a_lost_node(folder, upstream, lambda: cluster.remove_node(lost, False))
+            _backbone(folder)
+            if "evolve" in parts:
+                report["evolve"] = evolve_with_a_lost_node(folder, upstream, lambda: cluster.remove_node(lost, False))
             upstream.clear()
-            spare = {"num_cpus": 2, "resources": {"egress": 1000, "serve": 1000}}
-            with served(folder, upstream) as url:
-                report["placed"] = where_everything_is(serving.node_id)
-                report["update"] = update_the_checkpoint(folder, upstream, url)
-                report["kills"] = kill_in_turn(upstream, url)
-                cluster.add_node(**spare)
-                report["kills"]["node"] = burst(upstream, url, lambda: cluster.remove_node(serving, False))
-                report["after"] = until_it_answers(url)
+            if "serve" in parts:
+                with served(folder, upstream) as url:
+                    report["placed"] = where_everything_is(serving.node_id)
+                    report["update"] = update_the_checkpoint(folder, upstream, url)
+                    report["kills"] = kill_in_turn(upstream, url)
+                    cluster.add_node(num_cpus=2, resources={"egress": 1000, "serve": 1000})
+                    report["kills"]["node"] = burst(upstream, url, lambda: cluster.remove_node(serving, False))
+                    report["after"] = until_it_answers(url)
     finally:
         (folder / "report.json").write_text(json.dumps(report, indent=1))
         ray.shutdown()
         cluster.shutdown()
+
+
+def _backbone(folder: Path) -> None:
+    from tests.orchestrator.tiny import tiny_folder
+
+    (folder / "tiny").mkdir()
+    tiny_folder(folder / "tiny")
 
 
 # --- evolution ---
@@ -74,14 +84,11 @@ def main(folder: Path) -> None:
 
 def evolve_with_a_lost_node(folder: Path, upstream: LoopbackProvider, lose: Callable[[], None]) -> dict[str, Any]:
     """The same evolution twice: undisturbed, and with a node lost in the middle of a generation."""
-    from tests.orchestrator.tiny import tiny_folder
     from tests.training.problems import world
     from tests.training.test_evolve import repeatable
     from tests.training.test_live import configured, settings, speaks
     from training.evolve import run
 
-    (folder / "tiny").mkdir()
-    tiny_folder(folder / "tiny")
     world(folder / "outcomes")
     found: dict[str, Any] = {}
     for name in ("undisturbed", "disturbed"):
@@ -182,7 +189,24 @@ def deploy(folder: Path, upstream: LoopbackProvider, **options: Any) -> None:
     http = made.pop("http_options")
     serve.start(proxy_location="HeadOnly", http_options=http)
     made["http_options"] = http
-    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(made), _blocking=True)
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(made), _blocking=False)
+    wanted = made["applications"][0]["deployments"][0]["user_config"]
+    deadline = time.monotonic() + DEPLOY_SECONDS
+    while _serving() != wanted:
+        assert time.monotonic() < deadline, serve.status()
+        time.sleep(0.2)
+
+
+def _serving() -> dict[str, Any] | None:
+    """What the router says that it decides with, once the application runs."""
+    from ray import serve
+
+    application = serve.status().applications.get("fugu")
+    if application is None or application.status.value != "RUNNING":
+        return None
+    found: dict[str, Any] = serve.get_deployment_handle("Router", "fugu").serving.remote().result(timeout_s=BOUND)
+    assert found.pop("refused") is None
+    return found
 
 
 def _port(folder: Path) -> int:
@@ -322,4 +346,4 @@ def _kill_one(title: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
