@@ -173,6 +173,8 @@ def reply_body(
 class ChunkWriter:
     """The `data:` events of one streamed answer, in OpenAI's shape."""
 
+    __slots__ = ("_begun", "_head", "_include_usage")
+
     def __init__(self, *, id: str, created: int, model: str, include_usage: bool) -> None:
         self._head = {"id": id, "object": "chat.completion.chunk", "created": created, "model": model}
         self._include_usage = include_usage

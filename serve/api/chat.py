@@ -33,6 +33,8 @@ class ChatDialect:
 class ChatExchange:
     """See `serve.api.endpoint.Exchange`."""
 
+    __slots__ = ("_body", "_created", "_id", "_writer", "fugu", "model", "stream")
+
     def __init__(self, body: ChatBody, id: str) -> None:
         self._body = body
         self._id = id
@@ -40,7 +42,7 @@ class ChatExchange:
         self.model = body.model
         self.stream = bool(body.stream)
         self.fugu: FuguBody | None = body.fugu
-        include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
         self._writer = ChunkWriter(id=id, created=self._created, model=body.model, include_usage=include_usage)
 
     def request(self) -> tuple[ChatRequest, tuple[str, ...]]:

@@ -26,7 +26,8 @@ class FuguEngine:
     async def run(self, job: Job) -> AsyncGenerator[Event, None]:
         trace, record = job.trace, job.trace.record
         request, asker = self._marks.restore(job.request)
-        job = replace(job, request=request)
+        if request is not job.request:
+            job = replace(job, request=request)
         workers = await self._decide(job, asker)
         if not job.stream:
             reply = await dispatch.complete(workers, request, record=record, clock=time.perf_counter)
