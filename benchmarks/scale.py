@@ -57,24 +57,26 @@ def main() -> None:
     quick = parser.parse_args().quick
     sizes = (1, 2, 4, 8)
     latency, slots = (2.0, 64) if quick else (MEAN_SECONDS, 256)
-    rows = [measured(nodes, latency=latency, slots=slots * nodes, rounds=3 if quick else 4) for nodes in sizes]
+    rows = []
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        for nodes in sizes:
+            while len(cluster.worker_nodes) < nodes:
+                cluster.add_node(num_cpus=1, resources={"rollout": 1000})
+            cluster.wait_for_nodes()
+            rows.append(
+                {"nodes": nodes, **_loaded(nodes, latency, slots * nodes, 3 if quick else 4), **_unloaded(nodes)}
+            )
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
     told = {"latency_s": latency, "nodes": rows, "projection": projection(rows)}
     Console().print(table(rows))
     for name, value in told["projection"].items():
         print(f"{name:>32}  {value:,.4g}")
     print(json.dumps(told))
-
-
-def measured(nodes: int, *, latency: float, slots: int, rounds: int) -> dict[str, float]:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    try:
-        for _ in range(nodes):
-            cluster.add_node(num_cpus=1, resources={"rollout": 1000})
-        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-        return {"nodes": nodes, **_loaded(nodes, latency, slots, rounds), **_unloaded(nodes)}
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
 
 
 def _loaded(nodes: int, latency: float, slots: int, rounds: int) -> dict[str, float]:
