@@ -1,8 +1,10 @@
 """The families of composite tasks: each needs two or three grounds in turn or side by side.
 
-What a question is about is drawn so that every part stays inside what its ground asks of a specialist. A part's
-question is exactly a phrasing of the ground's own family; where it needs an earlier part's answer, `{0}` stands for
-the answer of part 0, and so on.
+An answer through several steps is only as good as the worst of them, so the parts are what specialists of this size
+do learn (the largest of numbers, the third of words, products, who is the tallest), not what none of them does (days of
+the week, spelling backwards). What a question is about is drawn so that every part stays inside what its ground asks of
+a specialist. A part's question is exactly a phrasing of the ground's own family; where it needs an earlier part's
+answer, `{0}` stands for the answer of part 0, and so on.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from training.ground_families import DAYS, GROUNDS, PLACES, SIDES
+from training.ground_families import GROUNDS, PLACES
 from training.words import NAMES, WORDS, made_up
 
 
@@ -49,82 +51,46 @@ class CompositeFamily:
 SHORT = tuple(word for word in WORDS if len(word) <= 5)
 
 
-# A number from words, then arithmetic ----------------------------------------------------------------------------
-
-
-def _length_plus(rng: random.Random) -> Composition:
-    word, n = rng.choice(WORDS), rng.randint(5, 60)
-    return Composition(
-        {"word": word, "n": n},
-        (
-            Part("counting", "length", {"word": word}, str(len(word))),
-            Part("arithmetic", "add", {"a": "{0}", "b": n}, str(len(word) + n)),
-        ),
-    )
-
-
-def _length_times(rng: random.Random) -> Composition:
-    word, n = rng.choice(WORDS), rng.randint(3, 9)
-    return Composition(
-        {"word": word, "n": n},
-        (
-            Part("counting", "length", {"word": word}, str(len(word))),
-            Part("arithmetic", "multiply", {"a": "{0}", "b": n}, str(len(word) * n)),
-        ),
-    )
-
-
-def _two_lengths(rng: random.Random) -> Composition:
-    one, two = rng.sample(WORDS, 2)
-    return Composition(
-        {"one": one, "two": two},
-        (
-            Part("counting", "length", {"word": one}, str(len(one))),
-            Part("counting", "length", {"word": two}, str(len(two))),
-            Part("arithmetic", "add", {"a": "{0}", "b": "{1}"}, str(len(one) + len(two))),
-        ),
-    )
-
-
-def _list_minus(rng: random.Random) -> Composition:
-    count, n = rng.randint(3, 6), rng.randint(20, 60)
-    items = _listed(rng.sample(SHORT, count))
-    return Composition(
-        {"items": items, "n": n},
-        (
-            Part("counting", "count_items", {"items": items}, str(count)),
-            Part("arithmetic", "subtract", {"a": n, "b": "{0}"}, str(n - count)),
-        ),
-    )
-
-
-# Numbers from numbers --------------------------------------------------------------------------------------------
+# A number from a list, then arithmetic ---------------------------------------------------------------------------
 
 
 def _largest_double(rng: random.Random) -> Composition:
     numbers = rng.sample(range(2, 120), 3)
-    return Composition(
-        {"items": _listed(numbers)},
-        (
-            Part("counting", "largest", {"items": _listed(numbers)}, str(max(numbers))),
-            Part("arithmetic", "double", {"a": "{0}"}, str(2 * max(numbers))),
-        ),
-    )
+    return Composition({"items": _listed(numbers)}, (_largest(numbers), _double(max(numbers))))
+
+
+def _largest_plus(rng: random.Random) -> Composition:
+    numbers, n = rng.sample(range(2, 80), 3), rng.randint(5, 60)
+    return Composition({"items": _listed(numbers), "n": n}, (_largest(numbers), _add("{0}", n, max(numbers) + n)))
 
 
 def _spread(rng: random.Random) -> Composition:
     numbers = rng.sample(range(3, 90), 3)
     while max(numbers) - min(numbers) > 60 or min(numbers) > 60:
         numbers = rng.sample(range(3, 90), 3)
-    items, high, low = _listed(numbers), max(numbers), min(numbers)
-    return Composition(
-        {"items": items},
-        (
-            Part("counting", "largest", {"items": items}, str(high)),
-            Part("counting", "smallest", {"items": items}, str(low)),
-            Part("arithmetic", "subtract", {"a": "{0}", "b": "{1}"}, str(high - low)),
-        ),
-    )
+    rest = Part("arithmetic", "subtract", {"a": "{0}", "b": "{1}"}, str(max(numbers) - min(numbers)))
+    return Composition({"items": _listed(numbers)}, (_largest(numbers), _smallest(numbers), rest))
+
+
+def _both_ends(rng: random.Random) -> Composition:
+    numbers = rng.sample(range(3, 90), 3)
+    total = _add("{0}", "{1}", max(numbers) + min(numbers))
+    return Composition({"items": _listed(numbers)}, (_largest(numbers), _smallest(numbers), total))
+
+
+def _list_times(rng: random.Random) -> Composition:
+    count, n = rng.randint(3, 7), rng.randint(3, 12)
+    items = _listed(rng.sample(SHORT, count))
+    counted = Part("counting", "count_items", {"items": items}, str(count))
+    return Composition({"items": items, "n": n}, (counted, _times("{0}", n, count * n)))
+
+
+def _length_times(rng: random.Random) -> Composition:
+    word, n = rng.choice(WORDS), rng.randint(3, 9)
+    return Composition({"word": word, "n": n}, (_length(word, len(word)), _times("{0}", n, len(word) * n)))
+
+
+# Arithmetic, then the largest or smallest of what was found ------------------------------------------------------
 
 
 def _largest_of(rng: random.Random) -> Composition:
@@ -133,143 +99,150 @@ def _largest_of(rng: random.Random) -> Composition:
         e = rng.randint(20, 110)
         if len({a + b, c * d, e}) == 3:
             break
-    return Composition(
-        {"a": a, "b": b, "c": c, "d": d, "e": e},
-        (
-            Part("arithmetic", "add", {"a": a, "b": b}, str(a + b)),
-            Part("arithmetic", "multiply", {"a": c, "b": d}, str(c * d)),
-            Part("counting", "largest", {"items": f"{{0}}, {{1}}, {e}"}, str(max(a + b, c * d, e))),
-        ),
-    )
+    most = Part("counting", "largest", {"items": f"{{0}}, {{1}}, {e}"}, str(max(a + b, c * d, e)))
+    about = {"a": a, "b": b, "c": c, "d": d, "e": e}
+    return Composition(about, (_add(a, b, a + b), _times(c, d, c * d), most))
 
 
-# Letters of what was found ---------------------------------------------------------------------------------------
+def _smallest_product(rng: random.Random) -> Composition:
+    while True:
+        a, b, c, d = rng.randint(3, 12), rng.randint(3, 9), rng.randint(3, 12), rng.randint(3, 9)
+        e = rng.randint(9, 100)
+        if len({a * b, c * d, e}) == 3:
+            break
+    least = Part("counting", "smallest", {"items": f"{{0}}, {{1}}, {e}"}, str(min(a * b, c * d, e)))
+    about = {"a": a, "b": b, "c": c, "d": d, "e": e}
+    return Composition(about, (_times(a, b, a * b), _times(c, d, c * d), least))
+
+
+# A word from a list, then its letters ----------------------------------------------------------------------------
+
+
+def _item_letter(rng: random.Random) -> Composition:
+    items, place, word = _placed(rng, WORDS)
+    return Composition({"items": items, "place": place}, (_item(items, place, word), _first_letter("{0}", word)))
+
+
+def _item_twice(rng: random.Random) -> Composition:
+    items, place, word = _placed(rng, SHORT)
+    return Composition({"items": items, "place": place}, (_item(items, place, word), _twice("{0}", word)))
 
 
 def _item_upper(rng: random.Random) -> Composition:
-    words, place = rng.sample(SHORT, 3), rng.randrange(3)
-    items, word = _listed(words), words[place]
-    return Composition(
-        {"items": items, "place": PLACES[place]},
-        (
-            Part("counting", "item_at", {"items": items, "place": PLACES[place]}, word),
-            Part("words", "upper", {"word": "{0}"}, word.upper()),
-        ),
-    )
+    items, place, word = _placed(rng, SHORT)
+    upper = Part("words", "upper", {"word": "{0}"}, word.upper())
+    return Composition({"items": items, "place": place}, (_item(items, place, word), upper))
 
 
 def _first_twice(rng: random.Random) -> Composition:
     words = rng.sample(SHORT, 3)
-    items, word = _listed(words), min(words)
-    return Composition(
-        {"items": items},
-        (
-            Part("counting", "alphabet_first", {"items": items}, word),
-            Part("words", "twice", {"word": "{0}"}, word + word),
-        ),
-    )
+    first = Part("counting", "alphabet_first", {"items": _listed(words)}, min(words))
+    return Composition({"items": _listed(words)}, (first, _twice("{0}", min(words))))
 
 
-def _replaced_count(rng: random.Random) -> Composition:
-    word = made_up(rng, 3)
-    old, new = rng.choice(word[1::2]), rng.choice("aeiou")
-    while new == old or new not in word:
-        word = made_up(rng, 3)
-        old, new = rng.choice(word[1::2]), rng.choice("aeiou")
-    changed = word.replace(old, new)
-    return Composition(
-        {"word": word, "old": old, "new": new},
-        (
-            Part("words", "replace_letter", {"word": word, "old": old, "new": new}, changed),
-            Part("counting", "count_letter", {"word": "{0}", "letter": new}, str(changed.count(new))),
-        ),
-    )
+def _items_join(rng: random.Random) -> Composition:
+    (items, place, one), (others, other, two) = _placed(rng, SHORT), _placed(rng, SHORT)
+    join = Part("words", "join", {"one": "{0}", "two": "{1}"}, one + two)
+    about = {"items": items, "place": place, "others": others, "other": other}
+    return Composition(about, (_item(items, place, one), _item(others, other, two), join))
 
 
-def _direction_upper(rng: random.Random) -> Composition:
-    start, turns = rng.randrange(4), [rng.choice(("left", "right")) for _ in range(rng.randint(2, 3))]
-    end = SIDES[(start + sum(1 if turn == "right" else -1 for turn in turns)) % 4]
-    about = {"start": SIDES[start], "path": ", then ".join(f"turn {turn}" for turn in turns)}
-    return Composition(about, (Part("logic", "turn", about, end), Part("words", "upper", {"word": "{0}"}, end.upper())))
+# A conclusion, then letters, or a number from it -----------------------------------------------------------------
 
 
 def _tallest_letter(rng: random.Random) -> Composition:
+    about, name = _heights(rng)
+    return Composition(about, (Part("logic", "tallest", about, name), _first_letter("{0}", name)))
+
+
+def _race_letter(rng: random.Random) -> Composition:
     order = rng.sample(NAMES, 3)
-    facts = [f"{a} is taller than {b}." for a, b in pairwise(order)]
+    facts = [f"{a} finished before {b}." for a, b in pairwise(order)]
     rng.shuffle(facts)
-    end = rng.choice(("tallest", "shortest"))
-    name = order[0] if end == "tallest" else order[-1]
-    about = {"facts": " ".join(facts), "end": end}
-    return Composition(
-        about, (Part("logic", "tallest", about, name), Part("words", "last_letter", {"word": "{0}"}, name[-1]))
-    )
+    place = rng.choice(("first", "last"))
+    name = order[0] if place == "first" else order[-1]
+    about = {"facts": " ".join(facts), "place": place}
+    return Composition(about, (Part("logic", "race", about, name), _first_letter("{0}", name)))
 
 
-# A conclusion from what was found --------------------------------------------------------------------------------
+def _syllogism_letter(rng: random.Random) -> Composition:
+    kind, name, colour = made_up(rng, 2) + "s", rng.choice(NAMES), rng.choice(("red", "blue", "green", "tall", "old"))
+    answer = rng.choice(("yes", "no", "unknown"))
+    quantity = {"yes": "All", "no": "No", "unknown": "Some"}[answer]
+    facts = f"{quantity} {kind} are {colour}. {name} is one of the {kind}."
+    about = {"facts": facts, "name": name, "colour": colour}
+    return Composition(about, (Part("logic", "syllogism", about, answer), _first_letter("{0}", answer)))
 
 
-def _difference_day(rng: random.Random) -> Composition:
-    today, days = rng.randrange(7), rng.randint(2, 6)
-    b = rng.randint(2, 60)
-    day = DAYS[(today + days) % 7]
-    asked = {"today": DAYS[today], "when": "in {0} days", "tense": "will it be"}
-    return Composition(
-        {"today": DAYS[today], "a": b + days, "b": b},
-        (
-            Part("arithmetic", "subtract", {"a": b + days, "b": b}, str(days)),
-            Part("logic", "weekday", asked, day),
-        ),
-        DAYS,
-    )
+# Three specialists in a row --------------------------------------------------------------------------------------
 
 
-def _length_day(rng: random.Random) -> Composition:
-    today, word = rng.randrange(7), rng.choice([word for word in WORDS if len(word) <= 6])
-    day = DAYS[(today + len(word)) % 7]
-    asked = {"today": DAYS[today], "when": "in {0} days", "tense": "will it be"}
-    return Composition(
-        {"today": DAYS[today], "word": word},
-        (
-            Part("counting", "length", {"word": word}, str(len(word))),
-            Part("logic", "weekday", asked, day),
-        ),
-        DAYS,
-    )
-
-
-def _difference_day_letters(rng: random.Random) -> Composition:
-    first = _difference_day(rng)
-    day = first.parts[-1].answer
-    return Composition(first.about, (*first.parts, Part("words", "beginning", {"word": "{1}"}, day[:2])))
-
-
-def _product_greater(rng: random.Random) -> Composition:
-    a, b = rng.randint(3, 12), rng.randint(3, 8)
-    near = a * b + rng.choice((-1, 1)) * rng.randint(1, 20)
-    n = max(2, min(99, near))
-    while n == a * b:
-        n -= 1
-    return Composition(
-        {"a": a, "b": b, "n": n},
-        (
-            Part("arithmetic", "multiply", {"a": a, "b": b}, str(a * b)),
-            Part("logic", "compare", {"a": "{0}", "relation": "greater", "b": n}, "yes" if a * b > n else "no"),
-        ),
-        ("yes", "no"),
-    )
+def _tallest_length_times(rng: random.Random) -> Composition:
+    about, name = _heights(rng)
+    n = rng.randint(3, 9)
+    steps = (Part("logic", "tallest", about, name), _length("{0}", len(name)), _times("{1}", n, len(name) * n))
+    return Composition({**about, "n": n}, steps)
 
 
 def _twice_length_plus(rng: random.Random) -> Composition:
     word = made_up(rng, 1) if rng.random() < 0.5 else rng.choice([word for word in WORDS if len(word) == 3])
-    n = rng.randint(5, 60)
-    return Composition(
-        {"word": word, "n": n},
-        (
-            Part("words", "twice", {"word": word}, word * 2),
-            Part("counting", "length", {"word": "{0}"}, str(2 * len(word))),
-            Part("arithmetic", "add", {"a": "{1}", "b": n}, str(2 * len(word) + n)),
-        ),
-    )
+    n, length = rng.randint(5, 60), 2 * len(word)
+    steps = (_twice(word, word), _length("{0}", length), _add("{1}", n, length + n))
+    return Composition({"word": word, "n": n}, steps)
+
+
+# Parts -----------------------------------------------------------------------------------------------------------
+
+
+def _largest(numbers: Sequence[int]) -> Part:
+    return Part("counting", "largest", {"items": _listed(numbers)}, str(max(numbers)))
+
+
+def _smallest(numbers: Sequence[int]) -> Part:
+    return Part("counting", "smallest", {"items": _listed(numbers)}, str(min(numbers)))
+
+
+def _item(items: str, place: str, word: str) -> Part:
+    return Part("counting", "item_at", {"items": items, "place": place}, word)
+
+
+def _length(word: str, length: int) -> Part:
+    return Part("counting", "length", {"word": word}, str(length))
+
+
+def _add(a: int | str, b: int | str, total: int) -> Part:
+    return Part("arithmetic", "add", {"a": a, "b": b}, str(total))
+
+
+def _times(a: int | str, b: int | str, product: int) -> Part:
+    return Part("arithmetic", "multiply", {"a": a, "b": b}, str(product))
+
+
+def _double(a: int) -> Part:
+    return Part("arithmetic", "double", {"a": "{0}"}, str(2 * a))
+
+
+def _twice(asked: str, word: str) -> Part:
+    return Part("words", "twice", {"word": asked}, word + word)
+
+
+def _first_letter(asked: str, word: str) -> Part:
+    return Part("words", "first_letter", {"word": asked}, word[0])
+
+
+def _placed(rng: random.Random, words: Sequence[str]) -> tuple[str, str, str]:
+    """Three words as a list, a place, and the word there."""
+    drawn, place = rng.sample(list(words), 3), rng.randrange(3)
+    return _listed(drawn), PLACES[place], drawn[place]
+
+
+def _heights(rng: random.Random) -> tuple[dict[str, object], str]:
+    """Who is taller than whom, what is asked of them, and its answer."""
+    order = rng.sample(NAMES, 3)
+    facts = [f"{a} is taller than {b}." for a, b in pairwise(order)]
+    rng.shuffle(facts)
+    end = rng.choice(("tallest", "shortest"))
+    return {"facts": " ".join(facts), "end": end}, order[0] if end == "tallest" else order[-1]
 
 
 def _listed(items: Sequence[object]) -> str:
@@ -277,45 +250,93 @@ def _listed(items: Sequence[object]) -> str:
 
 
 FAMILIES: Mapping[str, CompositeFamily] = {
-    "length_plus": CompositeFamily(
-        _length_plus,
-        "number",
-        ('Count the letters of "{word}" and add {n}.', 'Add {n} to the number of letters in "{word}".'),
-    ),
-    "length_times": CompositeFamily(
-        _length_times,
-        "number",
-        ('Count the letters of "{word}" and multiply by {n}.', 'What is {n} times the number of letters in "{word}"?'),
-    ),
-    "two_lengths": CompositeFamily(
-        _two_lengths,
-        "number",
-        ('How many letters have "{one}" and "{two}" together?', 'Add the letters of "{one}" and those of "{two}".'),
-    ),
-    "list_minus": CompositeFamily(
-        _list_minus,
-        "number",
-        ("Count these words and take the count from {n}: {items}", "What is {n} minus the number of words in: {items}"),
-    ),
     "largest_double": CompositeFamily(
         _largest_double,
         "number",
-        ("Take the largest of {items} and double it.", "What is twice the largest of {items}?"),
+        (
+            "Take the largest of {items} and double it.",
+            "What is twice the largest of {items}?",
+        ),
+    ),
+    "largest_plus": CompositeFamily(
+        _largest_plus,
+        "number",
+        (
+            "Add {n} to the largest of {items}.",
+            "What is the largest of {items}, plus {n}?",
+        ),
     ),
     "spread": CompositeFamily(
         _spread,
         "number",
-        ("Subtract the smallest of {items} from the largest.", "How far is the largest of {items} from the smallest?"),
+        (
+            "Subtract the smallest of {items} from the largest.",
+            "How far is the largest of {items} from the smallest?",
+        ),
+    ),
+    "both_ends": CompositeFamily(
+        _both_ends,
+        "number",
+        (
+            "Add the largest and the smallest of {items}.",
+            "What do the smallest and the largest of {items} sum to?",
+        ),
+    ),
+    "list_times": CompositeFamily(
+        _list_times,
+        "number",
+        (
+            "Count these words and multiply the count by {n}: {items}",
+            "What is {n} times the number of words in: {items}",
+        ),
+    ),
+    "length_times": CompositeFamily(
+        _length_times,
+        "number",
+        (
+            'Count the letters of "{word}" and multiply by {n}.',
+            'What is {n} times the number of letters in "{word}"?',
+        ),
     ),
     "largest_of": CompositeFamily(
         _largest_of,
         "number",
-        ("Which is largest: {a} + {b}, {c} * {d} or {e}? Give its value.", "Maximum of {a} + {b}, {c} * {d} and {e}?"),
+        (
+            "Which is largest: {a} + {b}, {c} * {d} or {e}? Give its value.",
+            "Maximum of {a} + {b}, {c} * {d} and {e}?",
+        ),
+    ),
+    "smallest_product": CompositeFamily(
+        _smallest_product,
+        "number",
+        (
+            "Which is smallest: {a} * {b}, {c} * {d} or {e}? Give its value.",
+            "Minimum of {a} * {b}, {c} * {d} and {e}?",
+        ),
+    ),
+    "item_letter": CompositeFamily(
+        _item_letter,
+        "letter",
+        (
+            "Give the first letter of the {place} of these words: {items}",
+            "With which letter does the {place} word begin: {items}",
+        ),
+    ),
+    "item_twice": CompositeFamily(
+        _item_twice,
+        "phrase",
+        (
+            "Write the {place} of these words twice without a space: {items}",
+            "Repeat the {place} word two times as one word: {items}",
+        ),
     ),
     "item_upper": CompositeFamily(
         _item_upper,
         "exact",
-        ("Take the {place} of these words in capital letters: {items}", "In upper case, the {place} word of: {items}"),
+        (
+            "Take the {place} of these words in capital letters: {items}",
+            "In upper case, the {place} word of: {items}",
+        ),
     ),
     "first_twice": CompositeFamily(
         _first_twice,
@@ -325,52 +346,45 @@ FAMILIES: Mapping[str, CompositeFamily] = {
             "Find the word that comes first in the alphabet and repeat it as one word: {items}",
         ),
     ),
-    "replaced_count": CompositeFamily(
-        _replaced_count,
-        "number",
+    "items_join": CompositeFamily(
+        _items_join,
+        "phrase",
         (
-            'Replace every "{old}" in "{word}" with "{new}". How many "{new}" are in the result?',
-            'How many "{new}" has "{word}" after each "{old}" became "{new}"?',
-        ),
-    ),
-    "direction_upper": CompositeFamily(
-        _direction_upper,
-        "exact",
-        (
-            "You face {start}, {path}. Write in capital letters where you face now.",
-            "Start facing {start}, {path}. Which direction is it, in upper case?",
+            "Join the {place} of {items} and the {other} of {others}.",
+            "Put together as one word the {place} word of {items} and the {other} word of {others}.",
         ),
     ),
     "tallest_letter": CompositeFamily(
         _tallest_letter,
         "letter",
-        ("{facts} Give the last letter of the {end}.", "{facts} With which letter does the name of the {end} end?"),
-    ),
-    "difference_day": CompositeFamily(
-        _difference_day,
-        "choice",
-        ("Today is {today}. What day will it be in {a} - {b} days?", "Which day is {a} minus {b} days after {today}?"),
-    ),
-    "length_day": CompositeFamily(
-        _length_day,
-        "choice",
         (
-            'Today is {today}. What day will it be in as many days as "{word}" has letters?',
-            'Which day comes as many days after {today} as "{word}" has letters?',
+            "{facts} Give the first letter of the {end}.",
+            "{facts} With which letter does the name of the {end} begin?",
         ),
     ),
-    "difference_day_letters": CompositeFamily(
-        _difference_day_letters,
-        "phrase",
+    "race_letter": CompositeFamily(
+        _race_letter,
+        "letter",
         (
-            "Today is {today}. Give the first two letters of the day in {a} - {b} days.",
-            "With which two letters begins the day that is {a} minus {b} days after {today}?",
+            "{facts} Give the first letter of who was {place}.",
+            "{facts} With which letter does the name of who came {place} begin?",
         ),
     ),
-    "product_greater": CompositeFamily(
-        _product_greater,
-        "choice",
-        ("Is {a} * {b} greater than {n}? Answer yes or no.", "Yes or no: {a} times {b} is more than {n}"),
+    "syllogism_letter": CompositeFamily(
+        _syllogism_letter,
+        "letter",
+        (
+            "{facts} Is {name} {colour}: yes, no or unknown? Give the first letter of the answer.",
+            "{facts} Yes, no or unknown: {name} is {colour}. Only the first letter.",
+        ),
+    ),
+    "tallest_length_times": CompositeFamily(
+        _tallest_length_times,
+        "number",
+        (
+            "{facts} Count the letters of the {end} and multiply by {n}.",
+            "{facts} What is {n} times the number of letters in the name of the {end}?",
+        ),
     ),
     "twice_length_plus": CompositeFamily(
         _twice_length_plus,

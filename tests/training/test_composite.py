@@ -54,16 +54,31 @@ def quoted(text: str) -> list[str]:
     return re.findall(r'"([a-z]+)"', text)
 
 
+PLACES = {"first": 0, "second": 1, "third": 2}
+
+
+def placed(text: str) -> list[str]:
+    """The words at the named places of the lists."""
+    found = []
+    for place, items in re.findall(
+        r"(first|second|third)(?: of these words| word)?[^:,]*?:? (?:of )?(\w+, \w+, \w+)", text
+    ):
+        found.append(items.split(", ")[PLACES[place]])
+    return found
+
+
 SOLVERS = {
-    "length_plus": lambda p: len(quoted(p)[0]) + numbers(p)[0],
-    "length_times": lambda p: len(quoted(p)[0]) * numbers(p)[0],
-    "two_lengths": lambda p: len("".join(quoted(p))),
-    "list_minus": lambda p: numbers(p)[0] - p.count(",") - 1,
     "largest_double": lambda p: 2 * max(numbers(p)),
     "spread": lambda p: max(numbers(p)) - min(numbers(p)),
+    "both_ends": lambda p: max(numbers(p)) + min(numbers(p)),
+    "list_times": lambda p: numbers(p)[0] * (p.count(",") + 1),
+    "length_times": lambda p: len(quoted(p)[0]) * numbers(p)[0],
     "largest_of": lambda p: max(numbers(p)[0] + numbers(p)[1], numbers(p)[2] * numbers(p)[3], numbers(p)[4]),
+    "smallest_product": lambda p: min(numbers(p)[0] * numbers(p)[1], numbers(p)[2] * numbers(p)[3], numbers(p)[4]),
+    "item_upper": lambda p: placed(p)[0].upper(),
+    "items_join": lambda p: "".join(placed(p)),
     "first_twice": lambda p: min(p.partition(": ")[2].split(", ")) * 2,
-    "product_greater": lambda p: "yes" if numbers(p)[0] * numbers(p)[1] > numbers(p)[2] else "no",
+    "syllogism_letter": lambda p: {"A": "y", "N": "n", "S": "u"}[p[0]],
     "twice_length_plus": lambda p: 2 * len(quoted(p)[0]) + numbers(p)[0],
 }
 
@@ -104,8 +119,8 @@ def test_the_mixture_holds_single_tasks_whose_plan_is_their_own_question() -> No
 
 
 def test_composite_tasks_are_a_source_of_tasks() -> None:
-    made = load_tasks(["composite:spread,length_plus"], TaskSource(count=6, columns=Columns(split="val")))
-    assert {task.dataset for task in made} == {"spread", "length_plus"}
+    made = load_tasks(["composite:spread,largest_plus"], TaskSource(count=6, columns=Columns(split="val")))
+    assert {task.dataset for task in made} == {"spread", "largest_plus"}
     assert {task.split for task in made} == {"val"}
     assert all(task.extra[PLAN] for task in made)
     with pytest.raises(DataError, match="no composite family pumpkin"):

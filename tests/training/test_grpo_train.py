@@ -234,7 +234,7 @@ def test_a_summary_of_nothing_known_says_so() -> None:
 
 # Over Ray -------------------------------------------------------------------------------------------------------
 
-ONE = make_composite("two_lengths", random.Random(3))
+ONE = make_composite("both_ends", random.Random(3))
 ANSWERS = known(ONE.composition)
 
 

@@ -77,7 +77,7 @@ def test_layers_of_a_mixture_read_the_layer_before() -> None:
 
 
 def test_a_conductor_is_asked_and_its_workflow_run_without_those_left_out() -> None:
-    problem = make_composite("length_plus", random.Random(0))
+    problem = make_composite("largest_plus", random.Random(0))
     plan = short_plan(Workflow(tuple(Step(s.ground, s.subtask, s.access) for s in problem.plan)), GROUNDS)
     workers = {**specialists(problem.composition), "writer": Says("writer", [plan])}
     request = ChatRequest((Message("user", problem.prompt),))
