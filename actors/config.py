@@ -35,6 +35,7 @@ from actors.errors import ConfigError
 
 Provider = Literal["openai", "anthropic", "gemini", "local", "vllm", "replay"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Pin = Annotated[str, Field(pattern=r"^[0-9]{8}[a-z0-9.-]{0,16}$")]
 PositiveInt = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Usd = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -202,11 +203,15 @@ class RouterConfig(Strict):
     where the checkpoint has roles: the most turns of a session, and whether it always ends with an answer.
     `stay_margin` is by how much (in probability) another worker must be better than the one of the turn before to take
     over a conversation within `stay_seconds`, the life of a provider's prompt cache; 0 always takes the best.
+    `pins` are checkpoints that stay: `20261123: old.safetensors` serves `fugu-20261123` (and, if it has roles,
+    `fugu-trinity-20261123`) beside the rolling names, for who wants to freeze behaviour. Each is a backbone more in the
+    router's memory.
     """
 
     backbone: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     checkpoint: Path | None = None
     canary: Canary | None = None
+    pins: dict[Pin, Path] = {}
     choose: Literal["argmax", "sample"] = "argmax"
     fallbacks: Annotated[int, Field(ge=0, le=16)] = 2
     max_tokens: PositiveInt = 1024
@@ -423,6 +428,10 @@ def parse_config(raw: Any, base: Path, where: str, environ: Mapping[str, str] | 
         _resolve_paths(raw["router"], ("checkpoint",), base)
         if isinstance(raw["router"].get("canary"), dict):
             _resolve_paths(raw["router"]["canary"], ("checkpoint",), base)
+        if isinstance(pins := raw["router"].get("pins"), dict):
+            # A bare date is a number to YAML.
+            raw["router"]["pins"] = pins = {str(pin): path for pin, path in pins.items()}
+            _resolve_paths(pins, tuple(pins), base)
     if isinstance(raw.get("conductor"), dict):
         _resolve_paths(raw["conductor"], ("adapter", "memory"), base)
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
-from actors.config import FuguConfig
+from actors.config import FuguConfig, RouterConfig
 from actors.errors import ConfigError, FuguError, MethodNotAllowedError, NotFoundError, OverloadedError, RequestError
 from actors.journal import state_dir
 from actors.messages import Worker
@@ -30,13 +30,14 @@ from serve.api.health import Readiness
 from serve.api.http import headers_of, send_error
 from serve.api.job import Deciding, Engine
 from serve.api.messages import MessagesDialect, count_tokens
-from serve.api.models import MODEL, models_body, one_model_body
+from serve.api.models import MODEL, Served, models_body, one_model_body
 from serve.api.responses import ResponsesDialect
 from serve.api.responses_routes import add_routes
 from serve.api.session import TRINITY, TrinityEngine
 from serve.api.ultra import ULTRA, UltraEngine
 from serve.api.wishes import WishReader
 from serve.auth import Keys
+from serve.checkpoint import why_no_roles
 from serve.conductor import Conducting, conducting, why_no_conductor
 from serve.keys import KeyBook
 from serve.memory import ActorStore
@@ -71,12 +72,16 @@ class Gateway:
         meter: Meter | None = None,
     ) -> None:
         deciding = Deciding(config, workers, decider)
-        engines: dict[str, Engine] = {MODEL: FuguEngine(deciding), TRINITY: TrinityEngine(deciding)}
+        engines: dict[str, Engine] = {MODEL: FuguEngine(deciding)}
         absent = {} if no_roles is None else {TRINITY: no_roles}
+        if no_roles is None:
+            engines[TRINITY] = TrinityEngine(deciding)
         if isinstance(ultra, str):
             absent[ULTRA] = ultra
         else:
             engines[ULTRA] = UltraEngine(deciding, *ultra)
+        engines |= _pinned(config.router, deciding)
+        served = Served(tuple(engines), absent)
         keys, wishes = Keys(config.serve, KeyBook()), WishReader(config)
         store = SqliteStore(state_dir() / "conversations.sqlite") if config.serve.store else None
         conversations = Conversations(store, config.serve.store_days * DAY)
@@ -84,12 +89,12 @@ class Gateway:
         dialects: tuple[Dialect, ...] = (ChatDialect(), ResponsesDialect(conversations), MessagesDialect())
         self._endpoints: dict[str, Endpoint | CountEndpoint] = {
             dialect.path: Endpoint(
-                dialect, deciding, engines, keys, wishes, background, meter or NoMeter(), absent=absent
+                dialect, deciding, engines, keys, wishes, background, meter or NoMeter(), served=served
             )
             for dialect in dialects
         }
         self._endpoints[COUNT_PATH] = CountEndpoint(MessagesDialect(), keys, config.serve, count_tokens)
-        self._rest = _rest(config, readiness, absent, conversations, keys)
+        self._rest = _rest(config, readiness, served, conversations, keys)
         self._limit = config.serve.max_ongoing_requests
         self._ongoing = 0
         # Serve names its metrics after the route that matches; the busiest first.
@@ -159,8 +164,19 @@ class GatewayReplica:
         return None if failure is None else f"failed: {failure.message}"
 
 
+def _pinned(router: RouterConfig, deciding: Deciding) -> dict[str, Engine]:
+    """The models of pinned checkpoints: `fugu-20261123`, and `fugu-trinity-20261123` where it has roles."""
+    engines: dict[str, Engine] = {}
+    for pin, checkpoint in router.pins.items():
+        pinned = deciding.pinned(pin)
+        engines[f"{MODEL}-{pin}"] = FuguEngine(pinned)
+        if why_no_roles(router.model_copy(update={"checkpoint": checkpoint})) is None:
+            engines[f"{TRINITY}-{pin}"] = TrinityEngine(pinned)
+    return engines
+
+
 def _rest(
-    config: FuguConfig, readiness: Readiness, absent: Mapping[str, str], conversations: Conversations, keys: Keys
+    config: FuguConfig, readiness: Readiness, served: Served, conversations: Conversations, keys: Keys
 ) -> FastAPI:
     """Everything but the hot path."""
     app = FastAPI(title="fugu", version="1", redirect_slashes=False)
@@ -172,12 +188,12 @@ def _rest(
     @app.get("/v1/models", summary="The models that are served and their workers")
     async def models(request: Request) -> Response:
         caller = await keys.enter(_credential(request))
-        return answer(models_body(config, created, absent, caller))
+        return answer(models_body(config, created, served, caller))
 
     @app.get("/v1/models/{name}", summary="One model")
     async def model(name: str, request: Request) -> Response:
         caller = await keys.enter(_credential(request))
-        return answer(one_model_body(config, created, name, absent, caller))
+        return answer(one_model_body(config, created, name, served, caller))
 
     @app.get("/healthz", summary="Whether this process answers")
     async def healthz() -> Response:

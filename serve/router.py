@@ -10,7 +10,7 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -31,13 +31,15 @@ Choose = Literal["argmax", "sample"]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What the router is asked: which of `allowed` should answer this conversation, and (`roles`) as what."""
+    """What the router is asked: which of `allowed` should answer this conversation, and (`roles`) as what. `pin` names
+    the pinned checkpoint that is to decide; None is the rolling one."""
 
     messages: tuple[Message, ...]
     allowed: frozenset[str]
     seed: int | None
     choose: Choose
     roles: bool = False
+    pin: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ class RouterReplica:
         self._workers = tuple(workers)
         self._failure: FuguError | None = None
         self._routers: tuple[Any, Any | None] | None = None
+        self._pinned: dict[str, Any] = {}
         self._served: Served | None = None
         self._refused: str | None = None
         decide: Any = self.decide
@@ -100,6 +103,9 @@ class RouterReplica:
         self._routers, self._served, self._failure, self._refused = loaded, new, None, None
 
     def _load(self, new: Served) -> tuple[Any, Any | None]:
+        for pin, checkpoint in self._config.pins.items():
+            if pin not in self._pinned:
+                self._pinned[pin] = _load(self._config, str(checkpoint), self._workers)
         canary = None if new.canary is None else _load(self._config, new.canary, self._workers)
         return _load(self._config, new.checkpoint, self._workers), canary
 
@@ -117,18 +123,21 @@ class RouterReplica:
         if self._routers is None or self._served is None:
             return [self._failure or FuguError("the router has no checkpoint yet")] * len(questions)
         # An update may come while this batch is decided.
-        return await asyncio.to_thread(self._decide, questions, self._routers, self._served.share)
+        return await asyncio.to_thread(self._decide, questions, self._routers, self._served.share, self._pinned)
 
     @staticmethod
-    def _decide(questions: list[Question], routers: tuple[Any, Any | None], share: float) -> list[Answer | FuguError]:
+    def _decide(
+        questions: list[Question], routers: tuple[Any, Any | None], share: float, pinned: Mapping[str, Any]
+    ) -> list[Answer | FuguError]:
         stable, canary = routers
-        groups: dict[tuple[str, bool], list[int]] = {}
+        groups: dict[tuple[str, bool, str | None], list[int]] = {}
         for index, question in enumerate(questions):
-            tried = canary is not None and place_of(question.messages) < share
-            groups.setdefault((question.choose, tried), []).append(index)
+            tried = question.pin is None and canary is not None and place_of(question.messages) < share
+            groups.setdefault((question.choose, tried, question.pin), []).append(index)
         answers: dict[int, Answer | FuguError] = {}
-        for (choose, tried), chosen in groups.items():
-            decided = _decide_alike(canary if tried else stable, [questions[i] for i in chosen], choose)
+        for (choose, tried, pin), chosen in groups.items():
+            router = pinned[pin] if pin is not None else canary if tried else stable
+            decided = _decide_alike(router, [questions[i] for i in chosen], choose)
             answers.update(zip(chosen, map(_by_canary, decided) if tried else decided, strict=True))
         return [answers[index] for index in range(len(questions))]
 

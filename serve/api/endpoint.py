@@ -22,7 +22,7 @@ from serve import sse
 from serve.api.background import Background
 from serve.api.http import headers_of, read_body, request_id, send_error, send_json, where_of
 from serve.api.job import Deciding, Done, Engine, Event, Job
-from serve.api.models import check_served
+from serve.api.models import Served, check_served
 from serve.api.responses import ResponsesExchange
 from serve.api.wishes import WishReader
 from serve.auth import Caller, Keys
@@ -91,8 +91,7 @@ class Dialect(Protocol):
 
 
 class Endpoint:
-    """Answers one dialect. `engines` maps served models to what answers them; `absent` says of the others why they are
-    not served."""
+    """Answers one dialect. `engines` maps served models to what answers them."""
 
     def __init__(
         self,
@@ -104,7 +103,7 @@ class Endpoint:
         background: Background,
         meter: Meter,
         *,
-        absent: Mapping[str, str],
+        served: Served,
     ) -> None:
         self._dialect = dialect
         self._deciding = deciding
@@ -114,7 +113,7 @@ class Endpoint:
         self._wishes = wishes
         self._background = background
         self._meter = meter
-        self._absent = absent
+        self._served = served
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = headers_of(scope)
@@ -128,7 +127,7 @@ class Endpoint:
             _check_content_type(headers)
             raw = await read_body(headers, receive, self._config.max_body_bytes)
             exchange = await self._dialect.read(raw, trace.request_id, caller)
-            check_served(exchange.model, self._absent)
+            check_served(exchange.model, self._served)
             caller.check_model(exchange.model)
             model = exchange.model
             wishes = self._wishes.read(exchange.fugu or FuguBody(), headers, caller)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -78,13 +79,15 @@ class Engine(Protocol):
 
 
 class Deciding:
-    """What engines share: the workers in use, in the order of the configuration, and the router that ranks them."""
+    """What engines share: the workers in use, in the order of the configuration, and the router that ranks them.
+    `pinned` gives the same with another checkpoint."""
 
     def __init__(self, config: FuguConfig, workers: Sequence[Worker], decider: Decider) -> None:
         self.config = config
         self.workers: Mapping[str, Worker] = {worker.name: worker for worker in workers}
         self.resting = Resting(time.monotonic)
         self._decider = decider
+        self._pin: str | None = None
         self._contexts = {spec.name: spec.context for spec in config.active if spec.context is not None}
 
     @property
@@ -101,9 +104,20 @@ class Deciding:
         """
         allowed = self._long_enough(request, wishes.allowed)
         awake = self.resting.awake(allowed)
-        choice = await self._decider.choose(Question(request.messages, frozenset(awake), seed, wishes.choose, roles))
+        choice = await self._decider.choose(self._question(request, awake, seed, wishes, roles))
         # Those that rest come last: they may have woken by the time everyone else has failed.
         return choice, rank(choice.worker, choice.probabilities, allowed, self.router.fallbacks)
+
+    def pinned(self, pin: str) -> Deciding:
+        """Where the checkpoint of this pin decides."""
+        other = copy(self)
+        other._pin = pin
+        return other
+
+    def _question(
+        self, request: ChatRequest, awake: Sequence[str], seed: int | None, wishes: Wishes, roles: bool
+    ) -> Question:
+        return Question(request.messages, frozenset(awake), seed, wishes.choose, roles, self._pin)
 
     def staying(self, worker: str) -> Choice:
         """The choice inside a tool loop: who asked for the tool."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from actors.config import FuguConfig
@@ -13,37 +14,46 @@ from serve.auth import ANYONE, Caller
 from serve.keys import Key
 
 MODEL = "fugu"
-MODELS = (MODEL, TRINITY, ULTRA)
+ROLLING = (MODEL, TRINITY, ULTRA)
 
 
-def models_body(config: FuguConfig, created: int, absent: Mapping[str, str], caller: Caller = ANYONE) -> dict[str, Any]:
-    """The models that the caller may use. `absent` says of each model that is not served here why."""
-    names = [name for name in MODELS if name not in absent]
-    served = [_model(name, config, created, caller.key) for name in names if _may_use(caller.key, name)]
-    return {"object": "list", "data": served}
+@dataclass(frozen=True, slots=True)
+class Served:
+    """The models that are served, rolling names before pins, and of those that could be why they are not."""
+
+    names: tuple[str, ...]
+    absent: Mapping[str, str]
+
+
+def models_body(config: FuguConfig, created: int, served: Served, caller: Caller = ANYONE) -> dict[str, Any]:
+    """The models that the caller may use."""
+    data = [_model(name, config, created, caller.key) for name in served.names if _may_use(caller.key, name)]
+    return {"object": "list", "data": data}
 
 
 def one_model_body(
-    config: FuguConfig, created: int, name: str, absent: Mapping[str, str], caller: Caller = ANYONE
+    config: FuguConfig, created: int, name: str, served: Served, caller: Caller = ANYONE
 ) -> dict[str, Any]:
     """Raises:
     UnknownModelError: it is not a model that is served.
     PermissionDeniedError: the caller may not use it.
     """
-    check_served(name, absent)
+    check_served(name, served)
     caller.check_model(name)
     return _model(name, config, created, caller.key)
 
 
-def check_served(name: str, absent: Mapping[str, str]) -> None:
+def check_served(name: str, served: Served) -> None:
     """Raises:
     UnknownModelError: it is not a model that is served; with the reason, if it is one that could be.
     """
-    if name in absent:
-        raise UnknownModelError(f"model: {name!r} is not served here: {absent[name]}; use {MODEL!r}", param="model")
-    if name not in MODELS:
-        names = " or ".join(repr(served) for served in MODELS if served not in absent)
-        raise UnknownModelError(f"model: {name[:64]!r} is not served here; use {names}", param="model")
+    if name in served.names:
+        return
+    if name in served.absent:
+        why = served.absent[name]
+        raise UnknownModelError(f"model: {name!r} is not served here: {why}; use {MODEL!r}", param="model")
+    names = " or ".join(map(repr, served.names))
+    raise UnknownModelError(f"model: {name[:64]!r} is not served here; use {names}", param="model")
 
 
 def _may_use(key: Key | None, model: str) -> bool:
