@@ -50,6 +50,8 @@ _VOCABULARY = 8000
 _RIDGE = 1.0
 _FOLDS = 5
 _NEIGHBOURS = 20
+# The paper's 0.03 is for a start from zeros.
+_SIGMA = 0.01
 _LINEAR_DECAYS = (10.0, 30.0, 100.0)
 
 
@@ -194,7 +196,7 @@ def evolution(start: Checkpoint, train: Data, seed: int, generations: int) -> Ch
     unseen = unseen_logits(start, train.hidden, torch.from_numpy(train.scores).float(), folds=_FOLDS, seed=seed)
     known = (train.hidden, table)
     player = RecordedPlayer(policy, known, known, unseen=unseen)
-    course = Course(Settings(seed=seed + 1), generations, len(train.tasks), validate_every=generations)
+    course = Course(Settings(sigma=_SIGMA, seed=seed + 1), generations, len(train.tasks), validate_every=generations)
     with tempfile.TemporaryDirectory() as folder:
         found = evolve(player, policy.vector(), course, Path(folder) / "state.pkl", identity={})
     return policy.checkpoint(found.theta, {})

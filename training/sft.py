@@ -178,8 +178,9 @@ def _descended(
     free = torch.zeros(len(start), 1)
     free[rows] = 1.0
     weight = start.clone().requires_grad_()
+    # What float32 can tell of the loss ends soon after these; line searches below them only go astray.
     optimiser = torch.optim.LBFGS(
-        [weight], max_iter=steps, tolerance_grad=1e-6, tolerance_change=1e-8, line_search_fn="strong_wolfe"
+        [weight], max_iter=steps, tolerance_grad=1e-5, tolerance_change=1e-6, line_search_fn="strong_wolfe"
     )
     losses: list[float] = []
 
