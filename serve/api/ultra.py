@@ -47,7 +47,7 @@ class UltraEngine:
             self._conducting,
             await self._pool(job),
             await self._ranking(job, request),
-            await self._resumed(request),
+            await self._resumed(request, job.caller.id),
         )
         show = job.wishes.show_turns is not False
         told: list[str] = []
@@ -86,7 +86,7 @@ class UltraEngine:
         job.trace.choice = choice
         return rank(choice.worker, choice.probabilities, job.wishes.allowed, len(job.wishes.allowed))
 
-    async def _resumed(self, request: ChatRequest) -> Resumed | None:
+    async def _resumed(self, request: ChatRequest, owner: str) -> Resumed | None:
         """The workflow whose tools the conversation ends with the results of.
 
         Raises:
@@ -96,7 +96,7 @@ class UltraEngine:
         id = memory.awaited(request.messages)
         if id is None:
             return None
-        text = await self._store.get(WORKFLOW, id, "")
+        text = await self._store.get(WORKFLOW, id, owner)
         if text is None:
             raise memory.gone(id)
         return memory.resume(memory.from_text(id, text.decode()), request.messages)
@@ -107,7 +107,8 @@ class UltraEngine:
         assert conducted.answer is not None
         if conducted.paused is not None:
             kept = Kept(WORKFLOW, conducted.paused.id, memory.to_text(conducted.paused).encode())
-            await self._store.put((kept,), "", seconds=self._conducting.config.memory_ttl)
+            owner = answering.job.caller.id
+            await self._store.put((kept,), owner, seconds=self._conducting.config.memory_ttl)
         return conducted.answer
 
 
