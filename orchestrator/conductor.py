@@ -39,7 +39,7 @@ from orchestrator.conductor_prompt import conductor_messages as conductor_messag
 from orchestrator.conductor_prompt import quote
 from orchestrator.executor import ExecutorSettings, execute
 from orchestrator.memory import Paused, Resumed
-from orchestrator.plan_grammar import plan_regex
+from orchestrator.plan_grammar import CHARACTERS_PER_TOKEN, plan_regex
 from orchestrator.roles import with_note
 from orchestrator.run import Run, StepChunk, StepEvent, StepResult
 from orchestrator.workflow import SELF, Step, Workflow, parse_workflow, render_workflow
@@ -244,6 +244,7 @@ class _Conducting:
                 allow_self=prompt.allow_self,
                 allow_empty=bool(self.said),
                 thought=prompt.style == "paper",
+                characters=CHARACTERS_PER_TOKEN * settings.max_tokens,
             )
             extra = {"structured_outputs": {"regex": grammar}}
         return ChatRequest(

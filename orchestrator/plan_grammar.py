@@ -12,14 +12,9 @@ from itertools import combinations
 from actors.errors import NoWorkerAllowedError
 from orchestrator.workflow import MAX_STEPS, SELF
 
-SUBTASK_CHARACTERS = 600
-THOUGHT_CHARACTERS = 1_200
-
-# No quotes, backslashes or line ends, so that a text ends where its quote does; and no blank first character, so that
-# it is never empty.
-_SUBTASK = rf'"[^"\\\s][^"\\\r\n]{{0,{SUBTASK_CHARACTERS - 1}}}"'
-# Nothing that could begin a list, a label, a code fence or a thinking block.
-_THOUGHT = rf"([^:=<`\[\]\r\n]{{1,{THOUGHT_CHARACTERS}}}\n)?"
+CHARACTERS = 4_096
+CHARACTERS_PER_TOKEN = 3
+"""English has about four: a plan of so many characters fits into its tokens."""
 
 
 def plan_regex(
@@ -30,9 +25,11 @@ def plan_regex(
     allow_self: bool = False,
     allow_empty: bool = False,
     thought: bool = True,
+    characters: int = CHARACTERS,
 ) -> str:
     """A regular expression, without anchors, that only plans for this pool match. `thought` lets one line of free
-    text precede the lists (the paper's style); the other arguments are those of `parse_workflow`.
+    text precede the lists (the paper's style). `characters` is about how long a whole plan may be, so that it ends
+    before its tokens do. The other arguments are those of `parse_workflow`.
 
     Raises:
         NoWorkerAllowedError: nobody is left to name.
@@ -41,15 +38,20 @@ def plan_regex(
     if not numbers:
         raise NoWorkerAllowedError("the constraints leave the conductor no worker", param="fugu")
     worker = "(" + "|".join([*numbers, *([f'"{SELF}"'] if allow_self else [])]) + ")"
-    plans = [_lists(worker, steps) for steps in range(1, max_steps + 1)]
+    # No quotes, backslashes or line ends, so that a text ends where its quote does; and no blank first character, so
+    # that it is never empty.
+    subtask = rf'"[^"\\\s][^"\\\r\n]{{0,{max(40, characters * 5 // 8 // max_steps)}}}"'
+    plans = [_lists(worker, subtask, steps) for steps in range(1, max_steps + 1)]
     if allow_empty:
         plans.append(r"model_id: \[\]\nsubtasks: \[\]\naccess_list: \[\]")
-    return f"{_THOUGHT if thought else ''}({'|'.join(plans)})"
+    # Nothing that could begin a list, a label, a code fence or a thinking block.
+    before = rf"([^:=<`\[\]\r\n]{{1,{max(40, characters // 4)}}}\n)?" if thought else ""
+    return f"{before}({'|'.join(plans)})"
 
 
-def _lists(worker: str, steps: int) -> str:
+def _lists(worker: str, subtask: str, steps: int) -> str:
     models = ", ".join([worker] * steps)
-    subtasks = ", ".join([_SUBTASK] * steps)
+    subtasks = ", ".join([subtask] * steps)
     access = ", ".join(_access(step) for step in range(steps))
     return rf"model_id: \[{models}\]\nsubtasks: \[{subtasks}\]\naccess_list: \[{access}\]"
 

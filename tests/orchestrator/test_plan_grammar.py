@@ -46,6 +46,17 @@ def test_every_rendered_plan_matches(workflow: Workflow) -> None:
     assert re.fullmatch(plan_regex(POOL, allow_self=True), f"Two models, then a check.\n{text}")
 
 
+@given(data=st.data())
+@settings(max_examples=30)
+def test_a_plan_is_no_longer_than_asked(data: st.DataObject) -> None:
+    grammar = plan_regex(POOL, characters=800)
+    text = data.draw(st.from_regex(re.compile(grammar), fullmatch=True, alphabet=PRINTABLE | st.just("\n")))
+    assert len(text) < 1_000
+    long = plan_regex(POOL, max_steps=1)
+    assert re.fullmatch(long, f'model_id: [0]\nsubtasks: ["{"x" * 2_500}"]\naccess_list: [[]]')
+    assert not re.fullmatch(long, f'model_id: [0]\nsubtasks: ["{"x" * 2_700}"]\naccess_list: [[]]')
+
+
 def test_what_is_not_offered_does_not_match() -> None:
     two = 'model_id: [1, 1]\nsubtasks: ["a", "b"]\naccess_list: [[], [0]]'
     assert re.fullmatch(plan_regex(POOL), two)

@@ -112,19 +112,18 @@ async def test_a_response_format_is_kept(workers: dict[str, VllmAdapter]) -> Non
 async def test_a_plan_under_its_grammar_always_parses(workers: dict[str, VllmAdapter]) -> None:
     pool = ("alpha", "beta", "gamma", "delta")
     allowed = frozenset({"beta", "delta"})
+    question = (Message("user", "Reverse the word lamp, then count its letters."),)
     for style in ("paper", "compact"):
-        grammar = plan_regex(pool, allowed=allowed, max_steps=3, thought=style == "paper")
-        prompt = conductor_messages(
-            (Message("user", "Reverse the word lamp, then count its letters."),), pool, PromptSettings(style)
-        )
-        request = ChatRequest(prompt, temperature=1.0, max_tokens=600, extra={"structured_outputs": {"regex": grammar}})
+        grammar = plan_regex(pool, allowed=allowed, max_steps=3, thought=style == "paper", characters=400)
+        prompt = conductor_messages(question, pool, PromptSettings(style, examples=False))
+        request = ChatRequest(prompt, temperature=1.0, max_tokens=500, extra={"structured_outputs": {"regex": grammar}})
         # An untrained model at temperature 1: without the grammar hardly one of these would parse.
         asked = (workers["plain"].complete(request.with_(seed=seed), CallContext()) for seed in range(4))
         for reply in await asyncio.gather(*asked):
             assert reply.dropped == ()
-            if reply.finish_reason == "stop":
-                plan = parse_workflow(reply.text, pool, allowed=allowed, max_steps=3)
-                assert {step.worker for step in plan.steps} <= allowed
+            assert reply.finish_reason == "stop"
+            plan = parse_workflow(reply.text, pool, allowed=allowed, max_steps=3)
+            assert {step.worker for step in plan.steps} <= allowed
 
 
 async def test_cancelling_ends_the_generation(workers: dict[str, VllmAdapter]) -> None:
