@@ -51,6 +51,12 @@ YES_NO = {
     "Is winter colder than summer": "yes",
 }
 
+TOPICS = (
+    "sea", "rain", "cat", "dog", "moon", "river", "summer", "winter", "music", "friend", "castle", "train",
+    "bread", "house", "forest", "coffee", "football", "birthday", "wind", "garden", "school", "snow", "ship",
+    "night", "horse", "city", "mountain", "king", "letter", "teacher",
+)  # fmt: skip
+
 
 def add(rng: random.Random) -> Made:
     first, second = rng.randint(2, 20), rng.randint(2, 12)
@@ -119,9 +125,24 @@ def plural(rng: random.Random) -> Made:
     )
 
 
+def prose(rng: random.Random) -> Made:
+    topic = rng.choice(TOPICS)
+    ask = rng.choice(
+        [
+            "Write a sentence about a {}.",
+            "Write a short story about a {}.",
+            "Write a poem about the {}.",
+            "Tell me something about the word {}.",
+            "Explain to a child: {}.",
+            "Describe a {} in a few words.",
+        ]
+    )
+    return ask.format(topic), f"{topic}|{topic}s", "prose", {}
+
+
 FAMILIES: dict[str, Callable[[random.Random], Made]] = {
     family.__name__: family
-    for family in (add, subtract, multiply, chain, story, fact, opposite, yes_no, even_odd, plural)
+    for family in (add, subtract, multiply, chain, story, fact, opposite, yes_no, even_odd, plural, prose)
 }
 
 

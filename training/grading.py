@@ -5,6 +5,8 @@
     phrase                     the answer's last line contains the reference as whole words; `a|b` accepts either
     letter                     the last letter that stands alone in the answer's last line is the reference
     choice                     the last of the task's options (extra column `options`, `a|b|c`) named is the reference
+    prose[:WORDS]              the whole text mentions the reference and has at least so many words (8 if not given),
+                               half of them different; `a|b` accepts either
     exact                      the answer is the reference, character by character, but for space around it
     normalised                 the same but for case, spaces, articles and punctuation around it; `a|b` accepts either
     maths                      the answer is mathematically equal to the reference (math-verify, in its own process)
@@ -30,6 +32,9 @@ from training import code
 from training.judge import Judge, judge
 from training.outcomes import Task
 from training.verifier import LateError, verifier
+
+# Words that a text needs to count as prose.
+PROSE_WORDS = 8
 
 # Seconds for one symbolic comparison or verifier.
 VERIFY_SECONDS = 20.0
@@ -108,9 +113,11 @@ def check_task(task: Task, workers: frozenset[str] | None = None) -> None:
         elif name == "letter":
             if not re.fullmatch("[A-Za-z]", task.reference):
                 raise DataError(f"{where} needs one letter as the reference, not {task.reference!r}")
-        elif name in ("phrase", "exact", "normalised", "maths"):
+        elif name in ("phrase", "prose", "exact", "normalised", "maths"):
             if not task.reference.strip():
                 raise DataError(f"{where} needs a reference")
+            if name == "prose" and detail and not 1 <= int(detail) <= 10_000:
+                raise ValueError
         elif name == "code":
             code.check(task)
             if detail and not 0 < float(detail) <= 600:
@@ -160,10 +167,19 @@ def _float(text: str) -> float:
 
 
 def _phrase(task: Task, _detail: str, response: str) -> bool:
-    line = _last_line(final_answer(response))
+    return _mentions(_last_line(final_answer(response)), task.reference)
+
+
+def _prose(task: Task, least: str, response: str) -> bool:
+    words = re.findall(r"\w+", response.lower())
+    # A small model that loops says the same few words over and over.
+    long_enough = len(words) >= int(least or PROSE_WORDS) and 2 * len(set(words)) >= len(words)
+    return long_enough and _mentions(response, task.reference)
+
+
+def _mentions(text: str, phrases: str) -> bool:
     return any(
-        re.search(rf"(?<!\w){re.escape(phrase.strip())}(?!\w)", line, re.IGNORECASE)
-        for phrase in task.reference.split("|")
+        re.search(rf"(?<!\w){re.escape(phrase.strip())}(?!\w)", text, re.IGNORECASE) for phrase in phrases.split("|")
     )
 
 
@@ -237,6 +253,7 @@ def _reasoning_gym(task: Task, family: str, response: str) -> float:
 GRADERS: Mapping[str, Callable[[Task, str, str], float]] = {
     "number": _number,
     "phrase": _phrase,
+    "prose": _prose,
     "letter": _letter,
     "choice": _choice,
     "exact": _exact,

@@ -23,7 +23,10 @@ def test_tasks_are_repeatable_distinct_and_split_by_prompt() -> None:
 
 def test_the_reference_is_right_and_a_wrong_answer_is_wrong() -> None:
     for task in family_tasks(ALL, count=20, seed=9):
-        assert grade(task, f"Answer: {task.reference.split('|')[0]}") == 1, task
+        right = task.reference.split("|")[0]
+        if task.grader == "prose":
+            right += " is a word, and this is a sentence about it."
+        assert grade(task, f"Answer: {right}") == 1, task
         assert grade(task, "I do not know.") == 0, task
 
 

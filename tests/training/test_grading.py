@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -290,3 +290,26 @@ def test_a_score_that_is_no_number_is_an_error(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr("training.grading.GRADERS", {"odd": lambda _task, _detail, _text, score=score: score})
         with pytest.raises(GradingError, match="task t7: the grader odd failed"):
             graded("odd", "x", "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("The sea is wide and blue and never quite still.", 1),
+        ("Seas are wide and blue and never quite still.", 1),
+        ("The sea is wide.", 0),
+        ("The season is wide and blue and never quite still.", 0),
+        ("sea sea sea sea sea sea sea sea sea blue", 0),
+        ("", 0),
+    ],
+)
+def test_prose_is_long_enough_not_a_loop_and_about_its_topic(text: str, score: int) -> None:
+    task = Task("t", "Write about the sea.", "sea|seas", "d", "d", "test", "prose")
+    assert grade(task, text) == score
+    assert grade(replace(task, grader="prose:40"), text) == 0
+
+
+@pytest.mark.parametrize("grader", ["prose:0", "prose:some"])
+def test_prose_of_no_length_is_found_before_anything_is_paid(grader: str) -> None:
+    with pytest.raises(DataError, match="grader prose:"):
+        check_task(Task("t", "Write about the sea.", "sea", "d", "d", "test", grader))
