@@ -86,7 +86,8 @@ def _loaded(nodes: int, latency: float, slots: int, rounds: int) -> dict[str, fl
 
     def note(answers: Sequence[tuple[str, Key, ChatReply]]) -> None:
         for task_id, _, reply in answers:
-            durations[task_id] += reply.timing.total_s
+            if task_id in durations:  # not those that warm up
+                durations[task_id] += reply.timing.total_s
 
     groups = [Group(task, 0, np.zeros((1, 2)), ((n, n % len(WORKERS)),)) for n, task in enumerate(tasks)]
     fan_out = _fan_out(latency, slots, nodes, note)
