@@ -72,6 +72,8 @@ def settings(config: ServeConfig, folder: Path, ports: Sequence[int]) -> dict[st
         # How long a replica that stops stays reachable, so that the proxy can notice.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",
+        # A proxy that starts on a busy machine is killed after this, and `serve deploy` fails with it; 5 is Ray's own.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
         # Router and local engine share cores: threads that spin at a barrier while another process needs the core
         # made small matrix products several times slower.
         "OMP_WAIT_POLICY": "PASSIVE",
