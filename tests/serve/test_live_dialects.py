@@ -80,7 +80,7 @@ def test_anthropics_client(server: RunningServer, provider: LoopbackProvider) ->
 
 
 def test_keys_come_and_go_while_it_runs(server: RunningServer, provider: LoopbackProvider) -> None:
-    environment = {**os.environ, "FUGU_STATE": str(server.folder / "state")}
+    environment = {**os.environ, "FUGU_STATE": str(server.folder / "state"), "COLUMNS": "200"}
 
     def fugu(*command: str) -> str:
         run = [sys.executable, str(REPOSITORY / "fugu.py"), "keys", *command]
