@@ -78,7 +78,7 @@ class WarmStartReport:
     plan_tokens: float
 
     def json(self) -> dict[str, Any]:
-        return asdict(self) | {"out": str(self.out)}
+        return asdict(self) | {"out": self.out.name}
 
     def table(self) -> Table:
         from rich.table import Table

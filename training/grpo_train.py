@@ -118,7 +118,7 @@ class GrpoReport:
     curves: Path
 
     def json(self) -> dict[str, Any]:
-        return asdict(self) | {"out": str(self.out), "curves": str(self.curves)}
+        return asdict(self) | {"out": shown_path(self.out), "curves": shown_path(self.curves)}
 
     def table(self) -> Table:
         from rich.table import Table
@@ -343,10 +343,16 @@ def identity(settings: GrpoRun, config: FuguConfig, model: str) -> dict[str, Any
 
 def described(settings: GrpoRun) -> dict[str, Any]:
     """The settings as JSON values, without what does not change the result."""
-    about: dict[str, Any] = json.loads(json.dumps(asdict(settings), default=str))
+    about: dict[str, Any] = json.loads(json.dumps(asdict(settings), default=shown_path))
     for name in ("resume", "progress", "address", "state", "architecture"):
         del about[name]
     return about
+
+
+def shown_path(path: object) -> str:
+    """A path as a report that travels has it: from where the command ran, nothing of the machine above that."""
+    whole = Path(str(path)).resolve()
+    return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else whole.name
 
 
 def _report(

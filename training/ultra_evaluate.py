@@ -34,6 +34,7 @@ from training.evaluate import Estimate, bootstrap
 from training.grading import grade
 from training.ground_families import GROUNDS
 from training.grounds import ground_tasks
+from training.grpo_train import shown_path
 from training.in_process import in_process
 from training.metering import Meter, MeteredWorker, PaidCalls, Purse
 from training.outcomes import Task
@@ -320,7 +321,7 @@ def _report(
             family: _shares([w for one in ultra if one.task.dataset == family for w in one.workers])
             for family in families
         },
-        settings=json.loads(json.dumps(asdict(settings), default=str)),
+        settings=json.loads(json.dumps(asdict(settings), default=shown_path)),
     )
 
 

@@ -83,6 +83,8 @@ def test_reward_rises_and_everything_is_kept(folder: Path, tmp_path: Path) -> No
     assert about["workers"] == list(GROUNDS)
     assert read_card(tmp_path / "adapter") == ConductorCard(tuple(GROUNDS), "compact", steps="full")
     assert about["settings"]["grpo"]["group"] == 8
+    # Nothing of the machine goes with the adapter.
+    assert str(tmp_path) not in (tmp_path / "adapter" / "grpo.json").read_text()
     assert (tmp_path / "state" / "curves.png").read_bytes()[:4] == b"\x89PNG"
     rows = [json.loads(line) for line in (tmp_path / "state" / "curve.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 31))
