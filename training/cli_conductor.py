@@ -24,7 +24,7 @@ Single = Annotated[float, typer.Option(min=0, max=1, help="Share of tasks for on
 
 
 @conductor_commands.command(
-    epilog="Examples:  [bold]fugu train conductor --warm-start --out adapters/conductor-warm --steps 120[/]   ·   "
+    epilog="Examples:  [bold]fugu train conductor --warm-start --out adapters/conductor-warm --steps 60[/]   ·   "
     "[bold]fugu train conductor --warm-start --out adapters/conductor-warm --resume[/]"
 )
 def conductor(
@@ -32,7 +32,7 @@ def conductor(
     warm_start: Annotated[
         bool, typer.Option("--warm-start", help="Learn to write well-formed plans, before reinforcement.")
     ] = False,
-    steps: Annotated[int, typer.Option(min=1)] = 120,
+    steps: Annotated[int, typer.Option(min=1)] = 60,
     batch: Annotated[int, typer.Option(min=1, help="Plans per step.")] = 16,
     rank: Annotated[int, typer.Option(min=1, help="Of the adapter.")] = 16,
     learning_rate: Annotated[float, typer.Option(min=0, max=1)] = 1e-3,
