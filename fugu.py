@@ -79,7 +79,7 @@ def serve(
 
 @app.command(
     epilog='Examples:  [bold]fugu ask "What is 17 + 25?" --trace[/]   ·   '
-    '[bold]fugu ask "Prove it." --allow stepwise[/]   ·   [bold]echo "Hello" | fugu ask -[/]'
+    '[bold]fugu ask "Prove it." --allow logic[/]   ·   [bold]echo "Hello" | fugu ask -[/]'
 )
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask; - reads it from standard input.")],

@@ -21,6 +21,7 @@ from tests.serve.running import REPOSITORY, RunningServer, wait_until
 
 pytestmark = [pytest.mark.model, pytest.mark.ray, pytest.mark.timeout(400)]
 
+WORKERS = {"arithmetic", "words", "counting", "logic", "general"}
 # What the whole server may hold in memory, in bytes of proportional set size.
 MEMORY = 4 * 2**30
 
@@ -29,6 +30,9 @@ MEMORY = 4 * 2**30
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     config = yaml.safe_load((REPOSITORY / "configs" / "embedded.yaml").read_text())
     config["router"]["checkpoint"] = str(REPOSITORY / "checkpoints" / "embedded.safetensors")
+    for worker in config["workers"]:
+        if "adapter" in worker:
+            worker["adapter"] = str(REPOSITORY / "configs" / worker["adapter"])
     with RunningServer(tmp_path_factory.mktemp("embedded"), config) as server:
         yield server
 
@@ -40,7 +44,7 @@ def test_a_real_model_answers_and_the_trained_head_decides(embedded: RunningServ
             messages=[{"role": "user", "content": "What is the capital of France?"}],
             max_completion_tokens=40,
             temperature=0,
-            extra_body={"fugu": {"allow": ["direct"], "trace": True}},
+            extra_body={"fugu": {"allow": ["general"], "trace": True}},
         )
         assert "Paris" in (answer.choices[0].message.content or "")
         assert answer.usage is not None
@@ -60,26 +64,32 @@ def test_a_real_model_answers_and_the_trained_head_decides(embedded: RunningServ
     assert text.strip()
     assert trace["source"] == "head"
     assert sum(trace["probabilities"].values()) == pytest.approx(1.0)
-    assert set(trace["probabilities"]) == {"direct", "stepwise"}
+    assert set(trace["probabilities"]) == WORKERS
     assert trace["worker"] == max(trace["probabilities"], key=trace["probabilities"].__getitem__)
 
 
-def test_the_head_tells_questions_apart(embedded: RunningServer) -> None:
-    questions = (
+def test_each_question_goes_to_who_can_answer_it(embedded: RunningServer) -> None:
+    answered = {}
+    for question in (
+        "What is 17 + 25?",
+        'Write "lantern" in capital letters.',
+        "What is the largest of 31, 88, 64?",
+        "Rosa is taller than Finn. Finn is taller than Leo. Who is the tallest?",
         "What is the capital of Italy?",
-        "A box holds 12 pens. 5 are taken, 9 are added. How many pens are left?",
-    )
-    probabilities = []
-    for question in questions:
+    ):
         body = {
             "model": "fugu",
             "messages": [{"role": "user", "content": question}],
-            "max_completion_tokens": 2,
+            "max_completion_tokens": 16,
+            "temperature": 0,
             "fugu": {"trace": True},
         }
         reply = httpx.post(f"{embedded.url}/v1/chat/completions", json=body, timeout=60, trust_env=False).json()
-        probabilities.append(reply["fugu"]["probabilities"]["stepwise"])
-    assert abs(probabilities[0] - probabilities[1]) > 0.01
+        answered[reply["fugu"]["worker"]] = reply["choices"][0]["message"]["content"].strip()
+    assert set(answered) == WORKERS
+    assert answered["words"] == "LANTERN"
+    assert answered["counting"] == "88"
+    assert answered["logic"] == "Rosa"
 
 
 def test_ask_shows_the_answer_and_a_bar_per_worker(embedded: RunningServer) -> None:
@@ -88,7 +98,7 @@ def test_ask_shows_the_answer_and_a_bar_per_worker(embedded: RunningServer) -> N
         [*command, "--url", embedded.url], capture_output=True, text=True, timeout=120, check=False, cwd=REPOSITORY
     )
     assert result.returncode == 0, result.stderr
-    for word in ("direct", "stepwise", "%", "decided by head", "tokens"):
+    for word in (*WORKERS, "%", "decided by head", "tokens"):
         assert word in result.stdout
 
 

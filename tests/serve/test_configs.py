@@ -13,12 +13,14 @@ from actors.errors import ConfigError
 from serve.app import needs_router
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# The other files there are settings of trainings.
+POOLS = sorted(path for path in CONFIGS.glob("*.yaml") if "workers" in yaml.safe_load(path.read_text()))
 KEYS = {
     f"{name}_API_KEY": f"key-of-{name}" for name in ("OPENAI", "ANTHROPIC", "GEMINI", "COMPATIBLE", "GEMMA", "FUGU")
 }
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", POOLS, ids=lambda path: path.stem)
 def test_loads_with_every_key(path: Path) -> None:
     config = load_config(path, KEYS)
     assert config.disabled == {}
@@ -31,7 +33,10 @@ def test_embedded_needs_nothing() -> None:
     config = load_config(CONFIGS / "embedded.yaml", {})
     assert {spec.provider for spec in config.active} == {"local"}
     assert len({spec.model for spec in config.active}) == 1, "one engine is shared"
-    assert len({spec.system for spec in config.active}) == len(config.active)
+    adapters = [spec.adapter for spec in config.active if spec.adapter is not None]
+    assert len(set(adapters)) == len(adapters) == 4
+    assert all((folder / "adapter_model.safetensors").is_file() for folder in adapters)
+    assert [spec.name for spec in config.active if spec.adapter is None] == ["general"]
     assert needs_router(config)
     assert config.router.checkpoint == CONFIGS.parent / "checkpoints" / "embedded.safetensors"
 

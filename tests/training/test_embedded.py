@@ -1,24 +1,37 @@
-"""The head that ships, and the script that made it."""
+"""The pool and the head that ship: they belong together, measured as their tables say, and clear cases go where they
+should."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from actors.config import load_config
 from actors.model_files import EMBEDDED_ID, GGUF_SHA256, resolve_model
 from orchestrator.head import check_fits, load_checkpoint
 from orchestrator.router import Router
 from tests.orchestrator.tiny import said
-from training.embedded import choose_settings, compare
-from training.sft import SftSettings
+from training.ground_families import GROUNDS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs" / "embedded.yaml"
 CHECKPOINT = ROOT / "checkpoints" / "embedded.safetensors"
+# Questions in which one worker is clearly better than the others.
+CLEAR = {
+    "arithmetic": [
+        "What is 147 + 122?",
+        "Quentin has 31 marbles and finds 12. How many marbles does Quentin have now?",
+    ],
+    "words": ['Write "saxophone" in capital letters.', 'What is the last letter of "xylophone"?'],
+    "counting": ["What is the largest of 412, 977, 530?", "How many words are in this list: koala, emu, gecko, ibis"],
+    "logic": [
+        "Wanda is taller than Igor. Igor is taller than Pepe. Who is the shortest?",
+        "Is this True or False: not False and True",
+    ],
+    "general": ["What is the capital of Sweden?", "Write a sentence about a volcano."],
+}
 
 
 def test_the_shipped_head_is_of_the_shipped_pool() -> None:
@@ -33,69 +46,46 @@ def test_the_shipped_head_is_of_the_shipped_pool() -> None:
         revision=GGUF_SHA256[:12],
     )
     assert config.router.backbone == EMBEDDED_ID
-    assert head.info.trained["command"] == "python -m training.embedded"
-    # No hand-set weights: standardised features and a row per worker, none of them empty.
-    assert head.shift is not None
-    assert head.scale is not None
+    # Nothing is set by hand: no worker's row is empty.
     assert bool((head.weight.abs().sum(1) > 0).all())
 
 
+def test_each_specialist_is_best_on_its_own_ground() -> None:
+    measured = json.loads((ROOT / "adapters" / "matrix.json").read_text(encoding="utf-8"))["grounds"]
+    assert set(measured) == {"none", *GROUNDS}
+    for ground in GROUNDS:
+        others = max(cells[ground][0] for name, cells in measured.items() if name != ground)
+        assert measured[ground][ground][0] >= others + 0.1
+    readme = (ROOT / "adapters" / "README.md").read_text(encoding="utf-8")
+    for name, cells in measured.items():
+        assert f"| {name} | " + " | ".join(f"{cells[ground][0]:.2f}" for ground in GROUNDS) + " |" in readme
+
+
 def test_the_shipped_heads_measured_table_is_what_the_readme_says() -> None:
-    measured = load_checkpoint(CHECKPOINT).info.trained["test"]
+    measured = json.loads((ROOT / "checkpoints" / "embedded.json").read_text(encoding="utf-8"))
     readme = (ROOT / "checkpoints" / "README.md").read_text(encoding="utf-8")
-    for name, (mean, low, high) in measured.items():
-        assert f"| {name} | {mean:.3f} | {low:.3f}–{high:.3f} |" in readme
-    workers = load_checkpoint(CHECKPOINT).info.workers
-    assert measured["oracle"][0] >= measured["router"][0] >= max(measured[name][0] for name in workers)
+    for row in measured["rows"]:
+        score = row["score"]
+        assert f"| {row['name']} | {score['mean']:.3f} | {score['low']:.3f}–{score['high']:.3f} |" in readme
 
 
 @pytest.mark.model
 @pytest.mark.timeout(300)
-def test_the_shipped_head_sends_clear_cases_to_different_workers() -> None:
+def test_the_shipped_head_sends_clear_cases_to_their_specialists() -> None:
     config = load_config(CONFIG)
+    assert config.router.checkpoint is not None
     files = resolve_model(config.router.backbone, progress=False)
     router = Router.load(
         files.folder,
-        CHECKPOINT,
+        config.router.checkpoint,
         [spec.name for spec in config.workers],
         max_tokens=config.router.max_tokens,
         device="cpu",
         backbone=files.id,
         revision=files.revision,
     )
-    # None of these is among the tasks it was trained or tested on; both are families in which one worker is clearly
-    # better in `checkpoints/README.md`.
-    asked = {
-        "stepwise": [
-            'Give a word that means the opposite of "dry".',
-            'Give a word that means the opposite of "thick".',
-        ],
-        "direct": ['What is the plural of "garden"?', 'What is the plural of "window"?'],
-    }
-    talks = [said(text) for texts in asked.values() for text in texts]
-    expected = [worker for worker, texts in asked.items() for _ in texts]
+    talks = [said(text) for texts in CLEAR.values() for text in texts]
+    expected = [worker for worker, texts in CLEAR.items() for _ in texts]
     decisions = router.decide(talks, [None] * len(talks), [None] * len(talks))
     assert [decision.worker for decision in decisions] == expected
     assert all(decision.source == "head" for decision in decisions)
-
-
-def test_the_comparison_by_hand() -> None:
-    scores = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.5, 0.5]])
-    table = compare(scores, ("a", "b"), np.array([1.0, 1.0, 0.0, 0.5]), seed=0)
-    assert {name: estimate.mean for name, estimate in table.items()} == {
-        "a": 0.625,
-        "b": 0.375,
-        "random": 0.5,
-        "router": 0.625,
-        "oracle": 0.875,
-    }
-    assert all(estimate.low <= estimate.mean <= estimate.high for estimate in table.values())
-
-
-def test_settings_are_chosen_by_what_is_held_out() -> None:
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(100, 4, generator=generator)
-    scores = torch.stack([(hidden[:, 0] > 0).float(), (hidden[:, 0] <= 0).float()], dim=1)
-    idle = SftSettings(epochs=1, learning_rate=1e-9)
-    useful = SftSettings(epochs=100, weight_decay=0.1)
-    assert choose_settings(hidden, scores, [idle, useful], seed=0) == useful
