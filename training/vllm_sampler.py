@@ -95,7 +95,8 @@ class VllmSampler:
         if settings.lora is None:
             raise ConfigError("vLLM picks up adapters only; learn with LoRA, or sample in process")
         self._settings, self._folder, self._seconds = settings, folder.resolve(), seconds
-        self._version, self._adapter = -1, None
+        self._version = -1
+        self._adapter: Path | None = None
         engine: Any = ray.remote(VllmEngine)
         options = {"num_cpus": 1, "num_gpus": gpus}
         self._engines = [
