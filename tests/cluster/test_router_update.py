@@ -41,7 +41,7 @@ async def decided(replica: RouterReplica, asked: list[Question]) -> list[Answer]
     # What @serve.batch wraps.
     assert replica._routers is not None
     assert replica._served is not None
-    answers = await asyncio.to_thread(replica._decide, asked, replica._routers, replica._served.share)
+    answers = await asyncio.to_thread(replica._decide, asked, replica._routers, replica._served.share, {})
     assert all(isinstance(answer, Answer) for answer in answers)
     return answers  # type: ignore[return-value]
 

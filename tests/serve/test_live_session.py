@@ -78,7 +78,7 @@ def test_every_turn_is_the_heads(with_haproxy: RunningServer, provider: Loopback
 def test_openais_client_reads_a_session(with_haproxy: RunningServer, provider: LoopbackProvider) -> None:
     provider.default = Behaviour(text="ACCEPT, it is 42")
     with openai.OpenAI(base_url=f"{with_haproxy.url}/v1", api_key=KEY, max_retries=0, timeout=30) as client:
-        assert {model.id for model in client.models.list()} == {"fugu", "fugu-trinity"}
+        assert {model.id for model in client.models.list()} == {"fugu", "fugu-trinity", "fugu-ultra"}
         stream = client.chat.completions.create(
             model="fugu-trinity",
             messages=[{"role": "user", "content": "hello"}],
