@@ -267,7 +267,7 @@ def test_the_command_line_imports_nothing_heavy() -> None:
     program = "import fugu, sys; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert {"training", "actors"} <= set(loaded.stdout.split())
-    assert not {"ray", "torch", "transformers", "numpy", "pyarrow", "fastapi", "serve"} & set(loaded.stdout.split())
+    assert not {"ray", "torch", "transformers", "numpy", "pyarrow", "fastapi"} & set(loaded.stdout.split())
 
 
 def test_places_to_read() -> None:

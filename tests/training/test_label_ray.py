@@ -233,7 +233,10 @@ def test_a_stopped_run_pays_for_nothing_twice(
     config = configured(tmp_path, upstream, "right")
     arguments = [sys.executable, "-c", DRIVER, str(config), str(tmp_path / "out"), sums(tmp_path, 60)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "FUGU_STATE": str(tmp_path / "state")}
+    # Where the tests run in the background of a shell, children would inherit that Ctrl-C is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     first = subprocess.Popen(arguments, env=environment, cwd=REPOSITORY, stderr=subprocess.PIPE)
+    signal.signal(signal.SIGINT, before)
     try:
         assert upstream.wait_for(lambda: upstream.total >= 40, 60), first.stderr
     finally:
