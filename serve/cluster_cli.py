@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from training.commands import explained, out_console
+from actors.console import explained, out_console
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 

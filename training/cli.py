@@ -11,12 +11,13 @@ from typing import Annotated, Literal
 
 import typer
 
+from actors.console import explained
 from actors.errors import DataError
 from training.cli_conductor import conductor_commands, ultra_commands
 from training.cli_measure import measure
 from training.cli_options import EMBEDDED, Address, BudgetUsd, Json, MaxTokens, Quiet, Temperature, Workers
 from training.cli_train import train
-from training.commands import check_json, explained, names, pairs, tell
+from training.commands import check_json, names, pairs, tell
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 

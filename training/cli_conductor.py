@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from actors.console import explained
 from training.cli_options import EMBEDDED, Address, Device, Json, Quiet
-from training.commands import check_json, explained, tell
+from training.commands import check_json, tell
 
 conductor_commands = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 ultra_commands = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")

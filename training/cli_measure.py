@@ -9,9 +9,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from actors.console import err_console, explained
 from actors.errors import ConfigError
 from training.cli_options import Address, Device, Json, Outcomes, Quiet, Workers
-from training.commands import check_json, err_console, explained, names, pairs, tell
+from training.commands import check_json, names, pairs, tell
 
 LIVE = "Live: a pool (--config) or an endpoint (--url)"
 # So many of the answers without a score are told.

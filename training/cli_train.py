@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from actors.console import explained, out_console
 from actors.errors import ConfigError
 from training.cli_options import (
     Address,
@@ -21,7 +22,7 @@ from training.cli_options import (
     Temperature,
     Workers,
 )
-from training.commands import check_json, explained, names, out_console, reads, tell
+from training.commands import check_json, names, reads, tell
 
 train = typer.Typer(help="Train a router.", no_args_is_help=True, rich_markup_mode="rich")
 

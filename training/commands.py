@@ -1,27 +1,21 @@
-"""What the commands of `training.cli` share: mistakes told in a line, reports shown and written, options read."""
+"""What the commands of `training.cli` share: reports shown and written, options read."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
-import typer
-from rich.console import Console
 
-from actors.console import error_line
-from actors.errors import ConfigError, FuguError
+from actors.console import out_console
+from actors.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from orchestrator.head import Read
-
-out_console = Console(highlight=False)
-err_console = Console(stderr=True, highlight=False)
 
 
 class Report(Protocol):
@@ -30,18 +24,6 @@ class Report(Protocol):
     def json(self) -> dict[str, Any]: ...
 
     def table(self) -> RenderableType: ...
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """A mistake becomes a line and exit code 2."""
-    try:
-        yield
-    except FuguError as error:
-        err_console.print(error_line(error), soft_wrap=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
 
 
 def tell(report: Report, json: Path | None) -> None:
