@@ -38,7 +38,7 @@ lint: setup
 	$(VENV)/bin/mypy
 
 test: lint
-	$(VENV)/bin/pytest -q
+	$(VENV)/bin/pytest -q --instafail
 
 test-fast: setup
 	$(VENV)/bin/pytest -q -m "not ray and not model"

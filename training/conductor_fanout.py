@@ -21,13 +21,12 @@ from actors.errors import ConfigError, DataError
 from actors.messages import Worker
 from actors.pool import WorkerPool
 from training.conductor_rollouts import Played, RolloutSettings, Written, play
+from training.lost import pause
 
 logger = logging.getLogger(__name__)
 
 # Of a CPU: a part mostly waits for workers; the rest is grading.
 _CPUS = 0.2
-# What was lost this often without any result in between is given up.
-_LOSSES = 4
 
 
 @dataclass(frozen=True)
@@ -86,17 +85,19 @@ class RayRollouts:
         losses = 0
         while left:
             before = len(found)
-            left = self._round(written, left, found)
+            left, reason = self._round(written, left, found)
             losses = losses + 1 if len(found) == before else 0
-            if losses >= _LOSSES:
-                raise DataError(f"rollouts were lost {losses} times in a row")
+            time.sleep(pause(losses, reason))
         return [found[index] for index in range(len(written))]
 
-    def _round(self, written: Sequence[Written], parts: Sequence[range], found: dict[int, Played]) -> list[range]:
-        """Play these parts at the same time; returns those that were lost."""
+    def _round(
+        self, written: Sequence[Written], parts: Sequence[range], found: dict[int, Played]
+    ) -> tuple[list[range], RayError | None]:
+        """Play these parts at the same time; returns those that were lost, and why the last of them was."""
         task: Any = play_part
         running = {task.remote(self._lane, [written[i] for i in part], self._concurrency): part for part in parts}
         lost: list[range] = []
+        reason: RayError | None = None
         until = time.monotonic() + self._seconds
         try:
             while running:
@@ -113,7 +114,8 @@ class RayRollouts:
                 except RayError as error:
                     logger.warning("rollouts were lost (%s) and are played again", type(error).__name__)
                     lost.append(part)
+                    reason = error
         finally:
             for reference in running:
                 ray.cancel(reference, force=False)
-        return lost
+        return lost, reason

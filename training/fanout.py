@@ -13,6 +13,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
@@ -29,6 +30,7 @@ from actors.messages import ChatReply, Message, Worker
 from actors.placement import cpus
 from actors.pool import WorkerPool
 from training.calls import Key, PaidOnce, call_cache
+from training.lost import pause, streamed
 from training.outcomes import Task
 from training.rollout import Choice, Episode, Reward, SessionSettings, decider, play_session
 
@@ -42,8 +44,6 @@ _SESSIONS_PER_LANE = 64
 # for others to join.
 _HAND_OVER = 0.05
 _GATHER = 0.003
-# What was lost this often without any result in between is given up.
-_LOSSES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,8 +149,7 @@ class FanOut:
             losses = losses + 1 if len(found) == before else 0
             if lost is None and losses:
                 raise DataError("lanes ended before their sessions did")
-            if losses >= _LOSSES:
-                raise DataError(f"rollouts were lost {losses} times in a row: {lost}") from lost
+            await asyncio.sleep(pause(losses, lost))
         return dict(sorted(found.items()))
 
     async def _round(self, heads: Any, groups: Sequence[Group], found: dict[int, Episode]) -> RayError | None:
@@ -168,19 +167,17 @@ class FanOut:
         return next((end.result() for end in ends if end.result() is not None), None)
 
     async def _lane(self, heads: Any, concurrency: int, found: dict[int, Episode]) -> RayError | None:
-        ends: Any = self._play_lane.remote(self._context, heads, self._queue, self._fillings, concurrency)
+        task = self._play_lane.remote(self._context, heads, self._queue, self._fillings, concurrency)
         try:
-            async for reference in ends:
-                ended: Ended = await reference
-                found.update(ended.episodes)
-                self._on_answers(ended.answers)
+            async with aclosing(streamed(task)) as ends:
+                async for ended in ends:
+                    found.update(ended.episodes)
+                    self._on_answers(ended.answers)
         except RayTaskError as error:
             raise error.as_instanceof_cause() from None  # a fault of ours, not of the cluster's
         except RayError as error:
             logger.warning("rollouts were lost (%s); what is missing is played again", type(error).__name__)
             return error
-        finally:
-            ray.cancel(ends, force=False)
         return None
 
     def _missing(self, group: Group, found: Mapping[int, Episode]) -> Group:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import ray
@@ -14,6 +15,7 @@ from actors.config import FuguConfig
 from actors.errors import WorkerUnavailableError
 from actors.pool import WorkerPool
 from training.labelling import Call, Done, Submit, answer
+from training.lost import streamed
 
 # Of a CPU: a task mostly waits for workers; the rest is grading.
 _CPUS = 0.2
@@ -30,16 +32,15 @@ def submitter(config: FuguConfig) -> Submit:
     shared = ray.put(config)
 
     async def submit(calls: Sequence[Call]) -> AsyncIterator[Done]:
-        ends: Any = answer_batch.remote(shared, list(calls))
+        task: Any = answer_batch
         try:
-            async for end in ends:
-                yield await end
+            async with aclosing(streamed(task.remote(shared, list(calls)))) as ends:
+                async for end in ends:
+                    yield end
         except RayTaskError:
             raise  # a fault of ours
         except RayError as error:
             raise WorkerUnavailableError(f"the process that made the call is gone ({type(error).__name__})") from error
-        finally:
-            ray.cancel(ends, force=False)
 
     return submit
 
