@@ -82,10 +82,11 @@ class Ended:
     answers: tuple[tuple[str, Key, ChatReply], ...]
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class GroupQueue:
     """Groups that no lane has taken yet. `number` tells a filling from the one before, which a lane that is being
-    cancelled may still ask for."""
+    cancelled may still ask for. Lost with its node it starts again empty: lanes end, and what is missing is filled in
+    again."""
 
     def __init__(self) -> None:
         self._number = -1
@@ -147,9 +148,7 @@ class FanOut:
             before = len(found)
             lost = await self._round(population, left, found)
             losses = losses + 1 if len(found) == before else 0
-            if lost is None and losses:
-                raise DataError("lanes ended before their sessions did")
-            await asyncio.sleep(pause(losses, lost))
+            await asyncio.sleep(pause(losses, lost or DataError("lanes ended before their sessions did")))
         return dict(sorted(found.items()))
 
     async def _round(self, heads: Any, groups: Sequence[Group], found: dict[int, Episode]) -> RayError | None:

@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+import psutil
+
 from training.outcomes import Task
 
 
@@ -27,4 +29,19 @@ def dies_once(task: Task, response: str) -> float:
     if not marker.exists():
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    return says_x(task, response)
+
+
+def loses_the_queue_once(task: Task, response: str) -> float:
+    """The first process that grades the task named in the marker file ends the queue that lanes of its node take
+    groups from."""
+    marker = Path(task.extra["marker"])
+    if not marker.exists():
+        marker.touch()
+        node = psutil.Process().parent()
+        assert node is not None
+        queues = [each for each in node.children() if " ".join(each.cmdline()).startswith("ray::GroupQueue")]
+        assert queues
+        for queue in queues:
+            queue.kill()
     return says_x(task, response)

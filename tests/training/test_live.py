@@ -169,12 +169,13 @@ def with_marker(place: Path, tmp_path: Path) -> Path:
     return tmp_path / "outcomes"
 
 
+@pytest.mark.parametrize("reward", ["dies_once", "loses_the_queue_once"])
 def test_a_lost_process_is_made_good(
-    ray_session: None, place: Path, tmp_path: Path, upstream: LoopbackProvider
+    ray_session: None, place: Path, tmp_path: Path, upstream: LoopbackProvider, reward: str
 ) -> None:
     config = configured(tmp_path, upstream)
     more: dict[str, Any] = {"outcomes": with_marker(place, tmp_path), "generations": 2}
-    report = run(replace(settings(place, tmp_path, config, reward="tests.training.rewards:dies_once"), **more))
+    report = run(replace(settings(place, tmp_path, config, reward=f"tests.training.rewards:{reward}"), **more))
     assert (tmp_path / "died").exists()
     plain = run(replace(settings(place, tmp_path / "plain", config, reward="tests.training.rewards:says_x"), **more))
     assert report.best == plain.best

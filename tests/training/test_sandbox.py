@@ -140,10 +140,10 @@ def test_bounds(mode: Mode, code: str, end: tuple[str, ...]) -> None:
     mark = f"# {os.urandom(8).hex()}\n"
     begin = time.monotonic()
     # Filling memory takes as long as the machine takes; nothing but the bound in question may end it.
-    ran = python(mark + code, mode, replace(QUICK, wall_s=9.0) if end == ("memory",) else QUICK)
+    ran = python(mark + code, mode, replace(QUICK, wall_s=50.0) if end == ("memory",) else QUICK)
     assert ran.end in end
     assert ran.status < 0
-    assert time.monotonic() - begin < 12
+    assert time.monotonic() - begin < (60 if end == ("memory",) else 12)
     assert len(ran.stdout) <= QUICK.output_bytes
     assert alive(mark.strip()) == []
 
