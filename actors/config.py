@@ -239,9 +239,9 @@ class ConductorConfig(Strict):
     `max_rounds` is how often it may plan, seeing its last result (1: once), and `max_recursion` how deep a step may
     be handed to the conductor itself. `retries` is how often it may write again what is no workflow; then the best
     single worker answers. `fallbacks` is how many other workers a failed step may go to, `on_failure` what happens
-    when they fail too: the workflow goes on without (`skip`), or the request fails. `deadline` (seconds), `budget_usd`
-    and `max_calls` bound a request, which then ends with the best answer so far. `memory_ttl` is how long a workflow
-    that waits for the caller's tools is kept, `memory` the file that it is kept in.
+    when they fail too: the workflow goes on without (`skip`), or the request fails. `deadline` (seconds), `budget_usd`,
+    `budget_tokens` and `max_calls` bound a request, which then ends with the best answer so far. `memory_ttl` is how
+    long a workflow that waits for the caller's tools is kept, `memory` the file that it is kept in.
     """
 
     worker: Name | None = None
@@ -267,6 +267,7 @@ class ConductorConfig(Strict):
     max_tokens: PositiveInt = 1024
     deadline: Seconds | None = None
     budget_usd: Usd | None = None
+    budget_tokens: PositiveInt | None = None
     max_calls: PositiveInt | None = None
     memory: Path | None = None
     memory_ttl: Seconds = 24 * 3600.0

@@ -27,6 +27,7 @@ class Knobs:
     max_steps: int | None = None
     deadline_s: float | None = None
     budget_usd: float | None = None
+    budget_tokens: int | None = None
     max_calls: int | None = None
 
 
@@ -65,6 +66,7 @@ class Conducting:
         return Budget(
             seconds=_least(self.config.deadline, knobs.deadline_s),
             usd=_least(self.config.budget_usd, knobs.budget_usd),
+            tokens=_least(self.config.budget_tokens, knobs.budget_tokens),
             calls=_least(self.config.max_calls, knobs.max_calls),
         )
 

@@ -124,6 +124,7 @@ class FuguBody(Closed):
     max_steps: Annotated[int, Field(ge=1, le=5)] | None = None
     deadline_s: Annotated[float, Field(gt=0, strict=False)] | None = None
     budget_usd: Annotated[float, Field(gt=0, strict=False)] | None = None
+    budget_tokens: Count | None = None
     max_calls: Count | None = None
 
 

@@ -63,6 +63,7 @@ class WishReader:
                 body.max_steps,
                 body.deadline_s,
                 body.budget_usd,
+                body.budget_tokens,
                 body.max_calls,
             ),
         )

@@ -253,6 +253,15 @@ async def test_what_a_request_may_choose(tmp_path: Path) -> None:
     trace = (await unpriced.ask(fugu={"trace": True, "budget_usd": 10})).json()["fugu"]
     assert [warning.split()[-4] for warning in trace["warnings"]] == ["a", "b", "c"]
 
+    # Too few tokens for a plan are still enough for the best single worker; the lower of both limits holds.
+    ultra = Ultra(tmp_path, CHAIN, budget_tokens=200)
+    trace = (await ultra.ask(fugu={"trace": True, "budget_tokens": 9_000})).json()["fugu"]
+    assert "budget of 200 tokens" in trace["rounds"][0]["fallback"]
+    assert (trace["worker"], trace["upstream_calls"], len(ultra.c.requests)) == ("a", 1, 0)
+    assert 16 <= (ultra.a.requests[0].max_tokens or 0) < 200
+    response = await ultra.ask(fugu={"budget_tokens": 10})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "budget.tokens")
+
     ultra = Ultra(tmp_path, CHAIN, deadline=30)
     ultra.b.wait = 30
     trace = (await ultra.ask(fugu={"trace": True, "deadline_s": 0.3})).json()["fugu"]
@@ -272,6 +281,8 @@ async def test_what_a_request_may_choose(tmp_path: Path) -> None:
         "max_recursion": 4,
         "deadline_s": 0,
         "budget_usd": -1,
+        "budget_tokens": 0,
+        "max_calls": 1.5,
     }.items():
         response = await ultra.ask(fugu={field: value})
         assert (response.status_code, response.json()["error"]["param"]) == (400, f"fugu.{field}")
