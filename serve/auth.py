@@ -40,6 +40,11 @@ class Keys:
         self._digests = tuple(_digest(key.get_secret_value().encode()) for key in config.api_keys)
         self.book = book
 
+    @property
+    def needed(self) -> bool:
+        """Whether a request without a key is refused, as far as is known since the last one."""
+        return bool(self._digests) or (self.book is not None and self.book.any)
+
     async def enter(self, authorization: bytes | None) -> Caller:
         """As `check`, with the keys of the book as they are now."""
         if self.book is not None:
@@ -52,7 +57,7 @@ class Keys:
         Raises:
             AuthenticationError: no `Authorization: Bearer` header, or a key that is not ours.
         """
-        if not self._digests and (self.book is None or not self.book.any):
+        if not self.needed:
             return ANYONE
         scheme, _, key = (authorization or b"").partition(b" ")
         if scheme.lower() != b"bearer" or not key.strip():

@@ -9,11 +9,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Receive, Scope, Send
 
 from actors.config import FuguConfig, RouterConfig
@@ -21,6 +21,7 @@ from actors.errors import ConfigError, FuguError, MethodNotAllowedError, NotFoun
 from actors.journal import state_dir
 from actors.messages import Worker
 from actors.pool import WorkerPool
+from actors.telemetry import open_telemetry
 from serve.api.background import Background
 from serve.api.chat import ChatDialect
 from serve.api.conversations import Conversations
@@ -31,6 +32,7 @@ from serve.api.http import headers_of, send_error
 from serve.api.job import Deciding, Engine
 from serve.api.messages import MessagesDialect, count_tokens
 from serve.api.models import MODEL, Served, models_body, one_model_body
+from serve.api.openapi import COUNTING, LOOKING, describe, streams, told, wishes
 from serve.api.responses import ResponsesDialect
 from serve.api.responses_routes import add_routes
 from serve.api.session import TRINITY, TrinityEngine
@@ -44,10 +46,24 @@ from serve.memory import ActorStore
 from serve.metrics import Meter, NoMeter, RayMeter
 from serve.router import Decider, OrderDecider, RouterClient
 from serve.schema import ChatBody
+from serve.schema_answers import (
+    ChatCompletionBody,
+    HealthBody,
+    MessageAnswerBody,
+    MessagesErrorBody,
+    ModelBody,
+    ModelsBody,
+    ReadyBody,
+    ResponseBody,
+    TokensBody,
+)
 from serve.schema_messages import CountBody, MessagesBody
 from serve.schema_responses import ResponsesBody
 from serve.store import SqliteStore, Store
 from serve.translate import dumps
+
+if TYPE_CHECKING:
+    from actors.otel import Telemetry
 
 log = logging.getLogger("fugu.gateway")
 
@@ -70,6 +86,7 @@ class Gateway:
         no_roles: str | None = "no router with roles is deployed",
         ultra: tuple[Conducting, Store] | str = "the configuration has no conductor",
         meter: Meter | None = None,
+        telemetry: Telemetry | None = None,
     ) -> None:
         deciding = Deciding(config, workers, decider)
         engines: dict[str, Engine] = {MODEL: FuguEngine(deciding)}
@@ -85,11 +102,12 @@ class Gateway:
         keys, wishes = Keys(config.serve, KeyBook()), WishReader(config)
         store = SqliteStore(state_dir() / "conversations.sqlite") if config.serve.store else None
         conversations = Conversations(store, config.serve.store_days * DAY)
-        background = Background(conversations, config.serve.request_timeout)
+        meter = meter or NoMeter()
+        background = Background(conversations, config.serve.request_timeout, meter)
         dialects: tuple[Dialect, ...] = (ChatDialect(), ResponsesDialect(conversations), MessagesDialect())
         self._endpoints: dict[str, Endpoint | CountEndpoint] = {
             dialect.path: Endpoint(
-                dialect, deciding, engines, keys, wishes, background, meter or NoMeter(), served=served
+                dialect, deciding, engines, keys, wishes, background, meter, served=served, telemetry=telemetry
             )
             for dialect in dialects
         }
@@ -123,8 +141,11 @@ class Gateway:
 class GatewayReplica:
     """The Serve side: finds the pool and the router, and gives Serve the ASGI application."""
 
+    _telemetry: Telemetry | None = None
+
     def __init__(self, config: FuguConfig, router: Any | None, no_roles: str | None) -> None:
         self._config = config
+        self._telemetry = open_telemetry(config.telemetry, "gateway")
         self._no_roles = no_roles
         names = [spec.name for spec in config.active]
         self._no_conductor = why_no_conductor(config)
@@ -142,8 +163,20 @@ class GatewayReplica:
             store = ActorStore(self._config.conductor.memory)
             ultra = conducting(self._config, self._pool.workers), store
         return Gateway(
-            self._config, workers, self._decider, readiness, no_roles=self._no_roles, ultra=ultra, meter=RayMeter()
+            self._config,
+            workers,
+            self._decider,
+            readiness,
+            no_roles=self._no_roles,
+            ultra=ultra,
+            meter=RayMeter(),
+            telemetry=self._telemetry,
         )
+
+    def __del__(self) -> None:
+        # Serve calls it when the replica stops.
+        if self._telemetry is not None:
+            self._telemetry.close()
 
     async def _workers(self) -> str | None:
         """Also gets workers going: an actor loads its models when it is first asked for them, restarted ones too."""
@@ -185,48 +218,77 @@ def _rest(
     def answer(body: Any, status: int = 200) -> Response:
         return Response(dumps(body), status, media_type="application/json")
 
-    @app.get("/v1/models", summary="The models that are served and their workers")
+    @app.get("/v1/models", summary="The models that are served and their workers", responses=told(ModelsBody, LOOKING))
     async def models(request: Request) -> Response:
         caller = await keys.enter(_credential(request))
         return answer(models_body(config, created, served, caller))
 
-    @app.get("/v1/models/{name}", summary="One model")
+    @app.get("/v1/models/{name}", summary="One model", responses=told(ModelBody, LOOKING))
     async def model(name: str, request: Request) -> Response:
         caller = await keys.enter(_credential(request))
         return answer(one_model_body(config, created, name, served, caller))
 
-    @app.get("/healthz", summary="Whether this process answers")
+    @app.get("/healthz", summary="Whether this process answers", responses=told(HealthBody, ()))
     async def healthz() -> Response:
         return answer({"status": "ok"})
 
-    @app.get("/readyz", summary="Whether every model is loaded")
+    ready = told(ReadyBody, ()) | {503: {"model": ReadyBody, "description": "Something is not ready"}}
+
+    @app.get("/readyz", summary="Whether every model is loaded", responses=ready)
     async def readyz() -> Response:
         status, body = await readiness.body()
         return answer(body, status)
 
     add_routes(app, conversations, keys)
-
-    # For /docs only: `Gateway` takes these requests before FastAPI sees them.
-    @app.post(ChatDialect.path, summary="Answer a conversation", response_class=Response)
-    async def chat_completions(body: ChatBody) -> None:
-        raise NotImplementedError
-
-    @app.post(ResponsesDialect.path, summary="Answer, as OpenAI's Responses", response_class=Response)
-    async def responses(body: ResponsesBody) -> None:
-        raise NotImplementedError
-
-    @app.post(MessagesDialect.path, summary="Answer, as Anthropic's Messages", response_class=Response)
-    async def messages(body: MessagesBody) -> None:
-        raise NotImplementedError
-
-    @app.post(COUNT_PATH, summary="Estimate the tokens of a message", response_class=Response)
-    async def count(body: CountBody) -> None:
-        raise NotImplementedError
-
+    _describe_conversations(app)
+    describe(app, served.names, keys)
     app.add_exception_handler(FuguError, _on_error)
     app.add_exception_handler(HTTPException, _on_error)
     app.add_exception_handler(Exception, _on_error)
     return app
+
+
+def _describe_conversations(app: FastAPI) -> None:
+    """For `/docs` only: `Gateway` takes these requests before FastAPI sees them."""
+
+    @app.post(
+        ChatDialect.path,
+        summary="Answer a conversation",
+        response_class=Response,
+        responses=streams(ChatCompletionBody),
+        openapi_extra=wishes(),
+    )
+    async def chat_completions(body: ChatBody) -> None:
+        raise NotImplementedError
+
+    @app.post(
+        ResponsesDialect.path,
+        summary="Answer, as OpenAI's Responses",
+        response_class=Response,
+        responses=streams(ResponseBody),
+        openapi_extra=wishes(),
+    )
+    async def responses(body: ResponsesBody) -> None:
+        raise NotImplementedError
+
+    @app.post(
+        MessagesDialect.path,
+        summary="Answer, as Anthropic's Messages",
+        response_class=Response,
+        responses=streams(MessageAnswerBody, MessagesErrorBody),
+        openapi_extra=wishes(),
+    )
+    async def messages(body: MessagesBody) -> None:
+        raise NotImplementedError
+
+    @app.post(
+        COUNT_PATH,
+        summary="Estimate the tokens of a message",
+        response_class=Response,
+        responses=told(TokensBody, COUNTING, MessagesErrorBody),
+    )
+    async def count(body: CountBody) -> None:
+        raise NotImplementedError
 
 
 def _credential(request: Request) -> bytes | None:
@@ -236,16 +298,26 @@ def _credential(request: Request) -> bytes | None:
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    return _ErrorResponse(_as_fugu_error(request, error))
+    told = _as_fugu_error(request, error)
+    return _ErrorResponse(told, _allowed(request) if isinstance(told, MethodNotAllowedError) else ())
 
 
 class _ErrorResponse(Response):
-    def __init__(self, error: FuguError) -> None:
+    def __init__(self, error: FuguError, extra: tuple[tuple[bytes, bytes], ...]) -> None:
         super().__init__()
         self._error = error
+        self._extra = extra
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send_error(send, self._error)
+        await send_error(send, self._error, extra=self._extra)
+
+
+def _allowed(request: Request) -> tuple[tuple[bytes, bytes], ...]:
+    """The `Allow` header of a path. Starlette names the methods of one route, and a path may have several."""
+    routes = [each for each in request.app.routes if isinstance(each, Route)]
+    here = (each for each in routes if each.matches(request.scope)[0] is not Match.NONE)
+    methods = {method for each in here for method in each.methods or ()}
+    return ((b"allow", ", ".join(sorted(methods)).encode()),)
 
 
 def _as_fugu_error(request: Request, error: Exception) -> FuguError:

@@ -69,25 +69,29 @@ async def send_json(send: Send, status: int, body: bytes, extra: tuple[tuple[byt
 
 
 async def send_error(
-    send: Send, error: FuguError, trace: Mapping[str, Any] | None = None, body: bytes | None = None
+    send: Send,
+    error: FuguError,
+    trace: Mapping[str, Any] | None = None,
+    body: bytes | None = None,
+    extra: tuple[tuple[bytes, bytes], ...] = (),
 ) -> None:
-    """The error's envelope (or `body`, a dialect's own) with its status, and `Retry-After` (whole seconds, rounded up)
-    where it is known."""
+    """The error's envelope (or `body`, a dialect's own) with its status, `extra` headers, and `Retry-After` (whole
+    seconds, rounded up) where it is known."""
     if body is None:
         envelope = error.envelope()
         body = dumps(envelope if trace is None else envelope | {"fugu": trace})
-    extra: list[tuple[bytes, bytes]] = []
+    headers = list(extra)
     if error.retry_after is not None:
-        extra.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
+        headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
     if isinstance(error, BudgetSpentError):
         # OpenAI's and Anthropic's clients try a 429 again unless they are told not to.
-        extra.append((b"x-should-retry", b"false"))
+        headers.append((b"x-should-retry", b"false"))
     if error.http_status == 401:
-        extra.append((b"www-authenticate", b"Bearer"))
+        headers.append((b"www-authenticate", b"Bearer"))
     if error.http_status in (408, 413):
         # Part of the body may still be on its way: nothing more can be read from this connection.
-        extra.append((b"connection", b"close"))
-    await send_json(send, error.http_status, body, tuple(extra))
+        headers.append((b"connection", b"close"))
+    await send_json(send, error.http_status, body, tuple(headers))
 
 
 def where_of(error: BaseException) -> str:

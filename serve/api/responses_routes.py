@@ -9,7 +9,9 @@ from fastapi import FastAPI, Request, Response
 from actors.errors import RequestError
 from serve.api.conversations import Conversations
 from serve.api.http import headers_of
+from serve.api.openapi import LOOKING, listing, told
 from serve.auth import Caller, Keys
+from serve.schema_answers import DeletedBody, ItemsBody, ResponseBody
 from serve.translate import dumps
 
 
@@ -20,23 +22,32 @@ def add_routes(app: FastAPI, conversations: Conversations, keys: Keys) -> None:
     async def caller(request: Request) -> Caller:
         return await keys.enter(headers_of(request.scope).get(b"authorization"))
 
-    @app.get("/v1/responses/{id}", summary="A response that was kept")
+    @app.get("/v1/responses/{id}", summary="A response that was kept", responses=told(ResponseBody, LOOKING))
     async def retrieve(id: str, request: Request) -> Response:
         whose = await caller(request)
         if request.query_params.get("stream") == "true":
             raise RequestError("stream: a response that was made cannot be streamed again", param="stream")
         return answer(await conversations.shown(id, whose))
 
-    @app.delete("/v1/responses/{id}", summary="Forget a response")
+    @app.delete("/v1/responses/{id}", summary="Forget a response", responses=told(DeletedBody, LOOKING))
     async def delete(id: str, request: Request) -> Response:
         await conversations.delete(id, await caller(request))
         return answer({"id": id, "object": "response", "deleted": True})
 
-    @app.post("/v1/responses/{id}/cancel", summary="Stop a response that is made in the background")
+    @app.post(
+        "/v1/responses/{id}/cancel",
+        summary="Stop a response that is made in the background",
+        responses=told(ResponseBody, LOOKING),
+    )
     async def cancel(id: str, request: Request) -> Response:
         return answer(await conversations.cancel(id, await caller(request)))
 
-    @app.get("/v1/responses/{id}/input_items", summary="What a response was made from")
+    @app.get(
+        "/v1/responses/{id}/input_items",
+        summary="What a response was made from",
+        responses=told(ItemsBody, LOOKING),
+        openapi_extra=listing(),
+    )
     async def input_items(id: str, request: Request) -> Response:
         whose, query = await caller(request), request.query_params
         limit = query.get("limit", "20")
