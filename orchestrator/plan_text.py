@@ -5,14 +5,16 @@
     access_list: [[], ["all"]]
 
 Read as well: code fences, bullets and bold labels, JSON objects, `Model IDs =`, typographic and triple quotes, quotes
-left unescaped inside a text, words without quotes, trailing commas, comments, and think blocks, which are left out. Of
-several plans the last complete one counts. Nothing is ever evaluated: lists hold integers, texts and lists of these.
+left unescaped inside a text, words without quotes, trailing commas, comments, and think blocks, which are left out;
+and lists written as bullets or numbered lines under their label. Of several plans the last complete one counts, one in
+brackets before one in bullets. Nothing is ever evaluated: lists hold integers, texts and lists of these.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,10 +38,15 @@ _LABEL = re.compile(
     re.IGNORECASE,
 )
 _OPENING = re.compile(r"[\"'“”*_`>\s-]{0,64}(?:(?:python|json|text)\s{1,32})?\[", re.IGNORECASE)
+# From a label to the bullets under it: the rest of its line, empty lines, the beginning of a code block.
+_TO_BULLETS = re.compile(r"[\"'“”*_`\r\t ]{0,16}\n(?:[\r\t ]{0,64}(?:```[A-Za-z]{0,16}[\r\t ]{0,16})?\n){0,3}")
+_BULLET = re.compile(r"(?P<indent>[\t ]{0,64})(?:[-*+•–]|\d{1,3}[.)])(?:[\t ]{1,16}|[\r\t ]{0,16}\Z)")
+_MARKS = re.compile(r"[\"'“”*_`\t ]{0,16}")
 _THINK = re.compile(r"<(/?)(think|thinking|reasoning)>", re.IGNORECASE)
 _SPACE = re.compile(r"(?:[\s\u00a0\ufeff]+|#[^\n]*(?:\n|\Z)|//[^\n]*(?:\n|\Z))*")
 # What may follow a closing quote; a quote before anything else belongs to the text ("the worker's part").
 _AFTER = re.compile(r"[\s\u00a0]*(?:(?:#|//)[^\n]{0,200}\n[\s\u00a0]*)?(?:[,\]]|\Z)")
+_AND = re.compile(r"\s{0,8}(?:,|&|\band\b)\s{0,8}", re.IGNORECASE)
 _NUMBER = re.compile(r"[+-]?\d{1,9}")
 _BARE = re.compile(r"(?:[^,\[\]\n#]|(?<!\s)#)*")
 
@@ -55,6 +62,7 @@ class _Found:
     kind: Kind
     items: list[Item] | None  # None: unreadable
     reason: str = ""
+    bulleted: bool = False
 
 
 class _UnreadableError(Exception):
@@ -77,7 +85,9 @@ def read_plan(text: str) -> tuple[list[Item], list[Item], list[Item]]:
     """
     found = _lists(_without_thoughts(text))
     readable = [one for one in found if one.items is not None]
-    plan = _last_in_order(readable) or _last_in_any_order(readable)
+    # Who writes lists in brackets may go over them once more in bullets, in other words.
+    bracketed = [one for one in readable if not one.bulleted]
+    plan = _last_plan(bracketed) or _last_plan(readable)
     if plan is not None:
         models, subtasks, access = (plan[kind] for kind in KINDS)
         return models, subtasks, access
@@ -121,10 +131,15 @@ def _lists(text: str) -> list[_Found]:
     at, reread = 0, REREAD + len(text)
     while (label := _LABEL.search(text, at)) is not None:
         at = label.end()
+        kind: Kind = "model_id" if label["model"] else "subtasks" if label["sub"] else "access_list"
+        bullets, end = _bullets(text, at)
+        if bullets and not _holds_the_list(bullets, kind):
+            found.append(_of_bullets(kind, bullets))
+            at = end
+            continue
         opening = _OPENING.match(text, at)
         if opening is None:
             continue
-        kind: Kind = "model_id" if label["model"] else "subtasks" if label["sub"] else "access_list"
         begin = opening.end()
         try:
             items, at = _read_list(text, begin, 1)
@@ -134,6 +149,76 @@ def _lists(text: str) -> list[_Found]:
             reread -= error.at - begin
             at = begin if reread >= 0 else error.at
     return found
+
+
+def _bullets(text: str, at: int) -> tuple[list[str], int]:
+    """The texts of the bullets under a label that ends at `at`, and where they end; none where there are none. What
+    stands further in belongs to the bullet above it."""
+    lead = _TO_BULLETS.match(text, at)
+    if lead is None:
+        return [], at
+    bullets: list[list[str]] = []  # the lines of each
+    indent = 0
+    end = at = lead.end()
+    while at < len(text) and len(bullets) <= MAX_ITEMS:
+        stop = text.find("\n", at)
+        stop = len(text) if stop < 0 else stop
+        line = text[at:stop]
+        at = stop + 1
+        if not line.strip():
+            continue
+        bullet = _BULLET.match(line)
+        inside = len(line) - len(line.lstrip("\t ")) > indent
+        if bullet is not None and (not bullets or len(bullet["indent"]) == indent):
+            marks = _MARKS.match(line, bullet.end())
+            if _LABEL.match(line, bullet.end() if marks is None else marks.end()):
+                break
+            indent = len(bullet["indent"])
+            bullets.append([line[bullet.end() :]])
+        elif bullets and inside:
+            bullets[-1].append(line.strip())
+        else:
+            break
+        end = stop
+    return ["\n".join(lines) for lines in bullets], end
+
+
+def _holds_the_list(bullets: Sequence[str], kind: Kind) -> bool:
+    """A single bullet with the whole list in brackets (and not just the one access of a single step)."""
+    first = bullets[0].strip()
+    return len(bullets) == 1 and first.startswith("[") and (kind != "access_list" or first[1:].lstrip()[:1] == "[")
+
+
+def _of_bullets(kind: Kind, bullets: Sequence[str]) -> _Found:
+    if len(bullets) > MAX_ITEMS:
+        return _Found(kind, None, f"it has more than {MAX_ITEMS} items", bulleted=True)
+    try:
+        return _Found(kind, [_bullet_item(kind, bullet.strip()) for bullet in bullets], bulleted=True)
+    except _UnreadableError as error:
+        return _Found(kind, None, str(error), bulleted=True)
+
+
+def _bullet_item(kind: Kind, text: str) -> Item:
+    if kind == "subtasks":
+        if text[:1] in _CLOSING:
+            try:
+                read, end = _read_string(text, 1, _CLOSING[text[0]])
+            except _UnreadableError:
+                return _clean(text)
+            return _clean(text) if text[end:].strip(" \t\r,") else read
+        return _clean(text)
+    if kind == "access_list" and text.startswith("["):
+        items, end = _read_list(text, 1, 2)
+        if text[end:].strip(" \t\r,.*`"):
+            raise _UnreadableError("words follow an access in brackets", end)
+        return items
+    words = [word.strip(" \t\r\n\"'“”*_`().") for word in _AND.split(text.strip(" ,"))]
+    read_words: list[Item] = [int(word) if _NUMBER.fullmatch(word) else _clean(word) for word in words]
+    return read_words if kind == "access_list" else read_words[0] if len(read_words) == 1 else _clean(text)
+
+
+def _last_plan(found: list[_Found]) -> dict[Kind, list[Item]] | None:
+    return _last_in_order(found) or _last_in_any_order(found)
 
 
 def _last_in_order(found: list[_Found]) -> dict[Kind, list[Item]] | None:

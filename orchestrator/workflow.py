@@ -33,7 +33,7 @@ SELF = "conductor"  # the Conductor as a worker of its own plan: the step is pla
 
 Topology = Literal["empty", "single", "chain", "parallel", "tree", "graph"]
 
-_NUMBERED = re.compile(r"(?:(?:worker|model|agent|step)[\s_-]{0,3})?#?(\d{1,6})", re.IGNORECASE)
+_NUMBERED = re.compile(r"(?:(?:worker|model|agent|step)s?[\s_-]{0,3})?#?(\d{1,6})", re.IGNORECASE)
 _SHOWN = re.compile(r"[A-Za-z0-9 ._#/-]{1,64}")  # what an error may quote
 
 

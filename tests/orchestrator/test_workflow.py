@@ -91,6 +91,19 @@ def workflows(draw: st.DrawFn, workers: tuple[str, ...] = POOL, subtasks: st.Sea
         'model_id: [2, 3\nNo, again.\nmodel_id: [0, 1]\nsubtasks: ["Find it.", "Count it."]\naccess_list: [[], [0]]',
         'The models = [0, 1, 2].\nmodel_id: [0, 1]\nsubtasks: ["Find it.", "Count it."]\naccess_list: [[], [0]]',
         'access = ["all"] would do.\nmodel_id: [0, 1]\nsubtasks: ["Find it.", "Count it."]\naccess_list: [[], [0]]',
+        # Bullets for lists.
+        "model_id:\n- 0\n- 1\nsubtasks:\n- Find it.\n- Count it.\naccess_list:\n- []\n- all",
+        "**Model IDs:**\n* `gpt`\n* `Claude`\n\n**Subtasks:**\n\n* Find it.\n\n* Count it.\n\n"
+        "**Access list:**\n* none\n* step 0\n\nThat should do.",
+        '- model_id:\n  - 0\n  - 1\n- subtasks:\n  - "Find it.",\n  - “Count it.”\n- access_list:\n  - []\n  - ["all"]',
+        "Workers:\r\n1. Worker 0\r\n2. Worker 1\r\nSubtasks:\r\n1) Find it.\r\n2) Count it.\r\n"
+        "Access:\r\n1. []\r\n2. [0]",
+        "model_id:\n```yaml\n- 0\n- 1\n```\nsubtasks:\n```\n• Find it.\n• Count it.\n```\n"
+        "access_list:\n```\n-\n- 0\n```",
+        "model_id: [0, 1]\nsubtasks:\n- Find it.\n- Count it.\naccess_list:\n- [[], [0]]",
+        # What was written in brackets counts, however it is told again in bullets.
+        'model_id: [0, 1]\nsubtasks: ["Find it.", "Count it."]\naccess_list: [[], [0]]\n\nThat is:\nModels:\n- gpt\n'
+        "- Claude, which is careful\nSubtasks:\n- finding\n- counting\nAccess:\n- nothing\n- the first",
     ],
 )
 def test_forms_that_models_write(text: str) -> None:
@@ -163,6 +176,43 @@ def test_every_kind_of_refusal_has_its_own_word() -> None:
     assert len(set(kinds)) == len(kinds) == 9
 
 
+def test_bullets_hold_what_stands_further_in() -> None:
+    text = (
+        "model_id:\n- 2\n- 0\n- 1\nsubtasks:\n- Check these:\n  - the name\n  - model: the size of it\n"
+        "- Find 'x' or \"y\".\n"
+        '- "One\ntwo"\naccess_list:\n- -\n- none\n- 0 and 1'
+    )
+    with pytest.raises(PlanError):
+        parse_workflow(text, POOL)
+    read = parse_workflow(text.replace('"One\ntwo"', "1. One").replace("- -\n", "- ()\n"), POOL)
+    assert read == Workflow(
+        (
+            Step("gemini-3.1", "Check these:\n- the name\n- model: the size of it"),
+            Step("gpt", "Find 'x' or \"y\"."),
+            Step("Claude", "1. One", (0, 1)),
+        )
+    )
+    one = parse_workflow("model_id:\n- 0\nsubtasks:\n- Do it.\naccess_list:\n- []", POOL)
+    assert one == Workflow((Step("gpt", "Do it."),))
+    with pytest.raises(PlanTooLongError, match="6 steps"):
+        parse_workflow("model_id:" + "\n- 0" * 6 + "\nsubtasks:" + "\n- x" * 6 + "\naccess_list:" + "\n- []" * 6, POOL)
+    with pytest.raises(PlanSyntaxError, match="more than 256"):
+        parse_workflow("model_id:" + "\n- 0" * 999 + "\nsubtasks:\n- x\naccess_list:\n- []", POOL)
+    with pytest.raises(PlanLengthsError, match="model_id has 2, subtasks 1"):
+        parse_workflow("model_id:\n- 0\n- 1\nsubtasks:\n- x\naccess_list:\n- []", POOL)
+
+
+@given(
+    workflows(subtasks=st.text("ab c.'", min_size=1).map(lambda text: f"Do {text}".strip())), st.sampled_from("-*•+")
+)
+def test_bullets_and_brackets_say_the_same(workflow: Workflow, mark: str) -> None:
+    access = [str(list(step.access)) for step in workflow.steps]
+    lists = {"model_id": [step.worker for step in workflow.steps], "subtasks": [s.subtask for s in workflow.steps]}
+    lists["access_list"] = access
+    text = "\n".join(f"{kind}:\n" + "\n".join(f"{mark} {item}" for item in items) for kind, items in lists.items())
+    assert parse_workflow(text, POOL) == workflow
+
+
 def test_names_that_could_be_two() -> None:
     pool = ("gpt", "GPT", "1", "worker 0")
 
@@ -229,6 +279,7 @@ pieces = st.sampled_from(
             "#",
             "//",
         ),
+        *("- ", "\n- ", "\n  * ", "\n1. ", "model_id:\n", "subtasks:\n", "access_list:\n"),
         *("model_id: [0]\n", 'subtasks: ["x"]\n', "access_list: [[]]\n", "\ud800", "\0", "é", "{", "}"),
     ]
 )
@@ -279,6 +330,10 @@ def test_no_plan_is_read_out_of_what_is_defused(text: str, workflow: Workflow) -
         'model_id: ["""',
         "subtasks: ['a', 'b' 'c ",
         "model_id: [0]\n",
+        "model_id:\n- [x\n  y\n",
+        "subtasks:\n- x\n  y\n\n",
+        "\n  - model:\n    - [",
+        "  x\n\n",
         "<think>",
         "'#",
         " ",
