@@ -5,6 +5,7 @@
     conductor: ConductorConfig   who writes workflows, for fugu-ultra
     serve:     ServeConfig       how it is offered
     placement: PlacementConfig   on which nodes of a cluster
+    telemetry: TelemetryConfig   where traces go; without it nothing is traced
 
 `${NAME}` takes an environment variable, `${NAME:-text}` falls back to `text`. A worker whose `api_key` names a
 variable that is not set is disabled with a reason, not an error; any other missing variable is an error.
@@ -32,6 +33,7 @@ from pydantic import (
 )
 
 from actors.errors import ConfigError
+from actors.telemetry import TelemetryConfig
 
 Provider = Literal["openai", "anthropic", "gemini", "local", "vllm", "replay"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -348,6 +350,7 @@ class FuguConfig(Strict):
     conductor: ConductorConfig | None = None
     serve: ServeConfig = ServeConfig()
     placement: PlacementConfig = PlacementConfig()
+    telemetry: TelemetryConfig | None = None
     disabled: dict[str, str] = Field(default={}, exclude=True)
 
     @property
@@ -414,7 +417,9 @@ def parse_config(raw: Any, base: Path, where: str, environ: Mapping[str, str] | 
     """
     environ = os.environ if environ is None else environ
     if not isinstance(raw, dict):
-        raise ConfigError(f"{where} must be a mapping with the keys workers, router, conductor, serve, placement")
+        raise ConfigError(
+            f"{where} must be a mapping with the keys workers, router, conductor, serve, placement, telemetry"
+        )
     if not isinstance(raw.get("workers"), list):
         raise ConfigError(f"{where}: workers: must be a list with at least one worker")
     if "disabled" in raw:

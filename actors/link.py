@@ -10,8 +10,10 @@ prove with an HMAC that they hold the actor's token, which is made afresh by eve
 nothing but fixed-length bytes is read until then. As with Ray's own connections, the network is trusted not to read
 along.
 
-    client → server   (CALL | STREAM, id, worker, request)   (CANCEL, id)   (TAKEN, id, batches)   (PING,)
+    client → server   (CALL | STREAM, id, worker, request, headers)   (CANCEL, id)   (TAKEN, id, batches)   (PING,)
     server → client   (id, ChatReply | FuguError)   (id, (Chunk, …))   (0, None)
+
+`headers` are those of the trace that a call is part of, None where it is not traced.
 """
 
 from __future__ import annotations
@@ -25,12 +27,16 @@ import pickle
 import secrets
 import socket
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from actors.errors import FuguError, StreamBrokenError, WorkerError
 from actors.messages import ChatReply, ChatRequest, Chunk
+from actors.spans import under
+
+if TYPE_CHECKING:
+    from actors.otel import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -141,10 +147,12 @@ def _keep_alive(connection: socket.socket) -> None:
 
 
 class LinkServer:
-    """Serves the workers of one actor, by name, to whoever holds the token."""
+    """Serves the workers of one actor, by name, to whoever holds the token. `telemetry` makes the spans of calls that
+    are traced."""
 
-    def __init__(self, runtimes: dict[str, Runtime]) -> None:
+    def __init__(self, runtimes: dict[str, Runtime], telemetry: Telemetry | None = None) -> None:
         self._runtimes = runtimes
+        self._telemetry = telemetry
         self._token = secrets.token_bytes(32)
         self._server: asyncio.Server | None = None
         self._connections: set[_ServerConnection] = set()
@@ -156,7 +164,7 @@ class LinkServer:
         return Endpoint(host, self._server.sockets[0].getsockname()[1], self._token)
 
     def _connection(self) -> _ServerConnection:
-        return _ServerConnection(self._runtimes, self._token, self._connections)
+        return _ServerConnection(self._runtimes, self._token, self._connections, self._telemetry)
 
     async def close(self) -> None:
         if self._server is not None:
@@ -178,9 +186,16 @@ class _Stream:
 
 
 class _ServerConnection(_Framed):
-    def __init__(self, runtimes: dict[str, Runtime], token: bytes, connections: set[_ServerConnection]) -> None:
+    def __init__(
+        self,
+        runtimes: dict[str, Runtime],
+        token: bytes,
+        connections: set[_ServerConnection],
+        telemetry: Telemetry | None,
+    ) -> None:
         super().__init__()
         self._runtimes = runtimes
+        self._telemetry = telemetry
         self._token = token
         self._connections = connections
         self._client_nonce = b""
@@ -224,9 +239,11 @@ class _ServerConnection(_Framed):
     def received(self, message: tuple[Any, ...]) -> None:
         kind = message[0]
         if kind in (CALL, STREAM):
-            _, call, worker, request = message
+            _, call, worker, request, headers = message
             serve = self._complete if kind == CALL else self._stream
-            self._tasks[call] = asyncio.get_running_loop().create_task(serve(call, worker, request))
+            traced = None if headers is None or self._telemetry is None else self._telemetry.joined(headers)
+            with under(traced):  # a task keeps the span that is around when it is made
+                self._tasks[call] = asyncio.get_running_loop().create_task(serve(call, worker, request))
         elif kind == CANCEL:
             task = self._tasks.get(message[1])
             if task is not None:
@@ -396,11 +413,11 @@ class Link(_Framed):
         else:
             future.set_exception(what)
 
-    async def complete(self, worker: str, request: ChatRequest) -> ChatReply:
+    async def complete(self, worker: str, request: ChatRequest, headers: Mapping[str, str] | None = None) -> ChatReply:
         """Raises `actors.errors.FuguError`s and LinkLostError. Cancelling it cancels the call in the actor."""
         call = self._begin()
         future = self._replies[call] = asyncio.get_running_loop().create_future()
-        self.send((CALL, call, worker, request))
+        self.send((CALL, call, worker, request, headers))
         try:
             return await future
         except asyncio.CancelledError:
@@ -409,11 +426,13 @@ class Link(_Framed):
         finally:
             del self._replies[call]
 
-    async def stream(self, worker: str, request: ChatRequest) -> AsyncGenerator[Chunk, None]:
+    async def stream(
+        self, worker: str, request: ChatRequest, headers: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[Chunk, None]:
         """As `complete`; closing the iterator cancels the call in the actor."""
         call = self._begin()
         reader = self._readers[call] = _Reader()
-        self.send((STREAM, call, worker, request))
+        self.send((STREAM, call, worker, request, headers))
         over, taken = False, 0
         try:
             while not over:

@@ -186,6 +186,7 @@ class Timing:
 class ChatReply:
     """A worker's whole answer. `dropped` names request fields the provider does not accept; `cost_usd` is None where
     the price is unknown; `attempts` counts upstream calls, retries included; `cached` says no upstream call was made.
+    `model` is what the provider says answered, "" where it does not.
     """
 
     worker: str
@@ -200,6 +201,7 @@ class ChatReply:
     cached: bool = False
     dropped: tuple[str, ...] = ()
     thoughts: tuple[Thought, ...] = ()
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,21 +21,25 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
 
+from actors.chat_span import begin_chat, tell_reply
 from actors.config import FuguConfig, WorkerSpec
 from actors.errors import FuguError, StreamBrokenError, WorkerRejectedError, WorkerUnavailableError
 from actors.link import Endpoint, Link, LinkLostError
 from actors.messages import ChatReply, ChatRequest, Chunk, Message
 from actors.placement import provider_resources
 from actors.provider import LimitWindow, ProviderActor
+from actors.spans import Span, current, running
 from actors.status import CheckResult, WorkerStatus
+from actors.telemetry import TelemetryConfig
 
 logger = logging.getLogger(__name__)
 
 # Part of the actors' names: raise it when actor and pool no longer understand those of an earlier version.
-_PROTOCOL = 1
+_PROTOCOL = 2
 _START_SECONDS = 300.0
 _STATUS_SECONDS = 5.0
 _KILL_SECONDS = 10.0
+_FLUSH_SECONDS = 5.0
 
 
 class WorkerPool:
@@ -69,7 +73,9 @@ class WorkerPool:
         shards: dict[str, list[Shard]] = {}
         for group in grouped(specs):
             where = provider_resources(group, config.placement)
-            actors = [Shard(group, shard, namespace, limits, where) for shard in range(group[0].shards)]
+            actors = [
+                Shard(group, shard, namespace, limits, where, config.telemetry) for shard in range(group[0].shards)
+            ]
             for spec in group:
                 shards[spec.name] = actors
         for shard in _distinct(shards.values()):
@@ -115,8 +121,13 @@ class WorkerPool:
         return CheckResult(name, time.monotonic() - begin, reply=reply)
 
     def shutdown(self) -> None:
-        """Kill this configuration's actors, whoever started them, and no others."""
-        for shard in _distinct(self._shards.values()):
+        """Kill this configuration's actors, whoever started them, and no others. Those that trace may send what they
+        have before, for a few seconds."""
+        shards = _distinct(self._shards.values())
+        closing = [shard.close_telemetry() for shard in shards if shard.traces]
+        if closing:
+            ray.wait(closing, num_returns=len(closing), timeout=_FLUSH_SECONDS)
+        for shard in shards:
             shard.kill()
 
 
@@ -132,22 +143,57 @@ class PoolWorker:
         return self.spec.name
 
     async def complete(self, request: ChatRequest) -> ChatReply:
+        around = current()
+        if around is None:
+            return await self._complete(request, None)
+        with running(begin_chat(around, self.spec, request, streamed=False)) as chat:
+            reply = await self._complete(request, chat)
+            tell_reply(chat, reply)
+        return reply
+
+    def stream(self, request: ChatRequest) -> AsyncIterator[Chunk]:
+        around = current()
+        return self._stream(request, None) if around is None else self._traced(request, around)
+
+    async def _traced(self, request: ChatRequest, around: Span) -> AsyncIterator[Chunk]:
+        """The stream, whose span ends when it ends or breaks."""
+        began, first = time.monotonic(), True
+        chat = begin_chat(around, self.spec, request, streamed=True)
         try:
-            return await (await self._link()).complete(self.name, request)
+            async with contextlib.aclosing(self._stream(request, chat)) as chunks:
+                async for chunk in chunks:
+                    if first:
+                        first = False
+                        chat.set({"gen_ai.response.time_to_first_chunk": round(time.monotonic() - began, 6)})
+                    if chunk.final is not None:
+                        tell_reply(chat, chunk.final)
+                        chat.end()  # nobody has to read on from here
+                    yield chunk
+        except BaseException as error:
+            chat.fail(error)
+            raise
+        finally:
+            chat.end()
+
+    async def _complete(self, request: ChatRequest, chat: Span | None) -> ChatReply:
+        headers = None if chat is None else chat.headers()
+        try:
+            return await (await self._link()).complete(self.name, request, headers)
         except LinkLostError:
             if request.max_attempts == 1:
                 raise self._died() from None
-            self._say_again()
+            self._say_again(chat)
         try:
-            return await (await self._link()).complete(self.name, request)
+            return await (await self._link()).complete(self.name, request, headers)
         except LinkLostError:
             raise self._died_twice() from None
 
-    async def stream(self, request: ChatRequest) -> AsyncIterator[Chunk]:
+    async def _stream(self, request: ChatRequest, chat: Span | None) -> AsyncGenerator[Chunk, None]:
+        headers = None if chat is None else chat.headers()
         begun, again = False, True
         while True:
             try:
-                async with contextlib.aclosing((await self._link()).stream(self.name, request)) as chunks:
+                async with contextlib.aclosing((await self._link()).stream(self.name, request, headers)) as chunks:
                     async for chunk in chunks:
                         begun = True
                         yield chunk
@@ -160,7 +206,7 @@ class PoolWorker:
                 if request.max_attempts == 1:
                     raise self._died() from None
                 again = False
-                self._say_again()
+                self._say_again(chat)
 
     async def _link(self) -> Link:
         shard = self._shards[0]
@@ -168,9 +214,11 @@ class PoolWorker:
             shard = min(self._shards, key=lambda shard: (shard.running, random.random()))
         return shard.current or await shard.link(self.spec.timeout.connect + self.spec.timeout.first_byte)
 
-    def _say_again(self) -> None:
+    def _say_again(self, chat: Span | None) -> None:
         # Ray restarts an actor that died; a call that nothing was heard of is made once more, and not oftener.
         logger.warning("worker %s: its actor died during a call; trying once more", self.name)
+        if chat is not None:
+            chat.event("its actor died; asked again")
 
     def _died(self) -> WorkerUnavailableError:
         return WorkerUnavailableError("its actor died during the call", worker=self.name)
@@ -189,13 +237,15 @@ class Shard:
         namespace: str,
         limits: LimitWindow,
         resources: Mapping[str, float],
+        telemetry: TelemetryConfig | None = None,
     ) -> None:
         self._group = tuple(group)
+        self._telemetry = telemetry
         self._resources = dict(resources)
         self._number = shard
         self._namespace = namespace
         self._limits = limits
-        self.name = actor_name(group, shard, limits)
+        self.name = actor_name(group, shard, limits, telemetry)
         self._actor: ActorHandle[Any] | None = None
         self._connections: dict[asyncio.AbstractEventLoop, _Connection] = {}
         self._last_failure = ""
@@ -213,8 +263,17 @@ class Shard:
             resources=self._resources,
             max_restarts=-1,
             max_task_retries=0,
-        ).remote(self._group, self._number, self._limits)
+        ).remote(self._group, self._number, self._limits, self._telemetry)
         return self._actor
+
+    @property
+    def traces(self) -> bool:
+        return self._telemetry is not None and self._actor is not None
+
+    def close_telemetry(self) -> ray.ObjectRef:
+        """Have the actor send what it has noted for traces; it notes nothing more."""
+        assert self._actor is not None
+        return self._actor.close_telemetry.remote()
 
     @property
     def running(self) -> int:
@@ -314,7 +373,9 @@ def grouped(specs: Iterable[WorkerSpec]) -> list[tuple[WorkerSpec, ...]]:
     return [tuple(group) for group in groups.values()]
 
 
-def actor_name(group: Sequence[WorkerSpec], shard: int, limits: LimitWindow) -> str:
+def actor_name(
+    group: Sequence[WorkerSpec], shard: int, limits: LimitWindow, telemetry: TelemetryConfig | None = None
+) -> str:
     """The same for the same configuration, keys included (as a part of a digest, from which they cannot be read)."""
     told = [
         (
@@ -324,7 +385,11 @@ def actor_name(group: Sequence[WorkerSpec], shard: int, limits: LimitWindow) -> 
         )
         for spec in group
     ]
-    digest = hashlib.sha256(repr((_PROTOCOL, told, limits)).encode()).hexdigest()[:16]
+    traced = None
+    if telemetry is not None:
+        sent = sorted((name, value.get_secret_value()) for name, value in telemetry.headers.items())
+        traced = (telemetry.model_dump_json(exclude={"headers"}), sent)
+    digest = hashlib.sha256(repr((_PROTOCOL, told, limits, traced)).encode()).hexdigest()[:16]
     return f"fugu-provider:{group[0].name}:{digest}:{shard}"
 
 

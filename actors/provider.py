@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -21,7 +22,11 @@ from actors.journal import Journal, journal_path
 from actors.limiter import SLACK, WINDOW
 from actors.link import Endpoint, LinkServer
 from actors.status import WorkerStatus
+from actors.telemetry import TelemetryConfig, open_telemetry
 from actors.worker import WorkerRuntime
+
+if TYPE_CHECKING:
+    from actors.otel import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +43,16 @@ class LimitWindow:
 class ProviderActor:
     """Hosts `specs` (one group, see `actors.pool.group`). Methods return errors as values, and never raise them."""
 
-    def __init__(self, specs: Sequence[WorkerSpec], shard: int, limits: LimitWindow) -> None:
+    def __init__(
+        self,
+        specs: Sequence[WorkerSpec],
+        shard: int,
+        limits: LimitWindow,
+        telemetry: TelemetryConfig | None = None,
+    ) -> None:
         self._specs = specs
+        self._telemetry_config = telemetry
+        self._telemetry: Telemetry | None = None
         self._shard = shard
         self._limits = limits
         with warnings.catch_warnings():
@@ -65,6 +78,8 @@ class ProviderActor:
         return self._endpoint
 
     async def _start(self) -> Endpoint:
+        if self._telemetry is None:
+            self._telemetry = open_telemetry(self._telemetry_config, f"provider {self._specs[0].name}")
         adapters = await build_adapters(self._specs)
         for spec in self._specs:
             self._runtimes[spec.name] = WorkerRuntime(
@@ -76,12 +91,18 @@ class ProviderActor:
                 journal=self._journal(spec),
                 reconstructed=self._reconstructed,
             )
-        return await LinkServer(dict(self._runtimes)).start(ray.util.get_node_ip_address())
+        server = LinkServer(dict(self._runtimes), self._telemetry)
+        return await server.start(ray.util.get_node_ip_address())
 
     def _journal(self, spec: WorkerSpec) -> Journal | None:
         if spec.limits.requests_per_minute is None and spec.limits.tokens_per_minute is None:
             return None
         return Journal(journal_path(spec, self._shard), span=self._limits.window + self._limits.slack)
+
+    async def close_telemetry(self) -> None:
+        """Send what has been noted for traces; nothing is noted any more."""
+        if self._telemetry is not None:
+            await asyncio.to_thread(self._telemetry.close)
 
     async def status(self) -> list[WorkerStatus] | FuguError:
         """This shard's part of every worker it hosts."""

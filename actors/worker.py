@@ -14,13 +14,14 @@ import time
 import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
 
 from actors.adapters.base import Adapter, CallContext
 from actors.breaker import CircuitBreaker
 from actors.cache import ResponseCache
+from actors.chat_span import server
 from actors.config import WorkerSpec
 from actors.errors import (
     FuguError,
@@ -39,6 +40,7 @@ from actors.limiter import SLACK, WINDOW, Grant, Limiter, Share, split
 from actors.marks import worker_tag
 from actors.messages import ChatReply, ChatRequest, Chunk, Message, Thought, Timing, ToolCallDelta
 from actors.prices import pricing
+from actors.spans import Span, current
 from actors.status import Counters, WorkerStatus
 from actors.structured import joined, native, repaired, shape_of
 
@@ -242,8 +244,8 @@ class _Call:
     """One request on its way: its attempts and what it holds. `first_byte`, `queued` are seconds."""
 
     __slots__ = (
-        "_estimate", "_grant", "_headers_at", "_iterator", "_probe", "_rt", "_sent_at", "_spec", "_until", "_written",
-        "attempts", "begin", "first_byte", "queued", "request",
+        "_estimate", "_grant", "_headers_at", "_iterator", "_probe", "_rt", "_sent_at", "_span", "_spec", "_until",
+        "_written", "attempts", "begin", "first_byte", "queued", "request",
     )  # fmt: skip
 
     def __init__(self, runtime: WorkerRuntime, request: ChatRequest) -> None:
@@ -255,6 +257,7 @@ class _Call:
         self._estimate = estimate_tokens(request, limit=runtime.limiter.token_limit)
         self._grant: Grant | None = None
         self._probe = False
+        self._span: Span | None = None
         self._iterator: AsyncIterator[Chunk] | None = None
         self._written = 0
         self._sent_at = 0.0
@@ -382,6 +385,11 @@ class _Call:
             self.queued += runtime.clock() - queued_at
         self.attempts += 1
         runtime.counters.upstream_calls += 1
+        around = current()
+        if around is not None:
+            waited = {"fugu.attempt": self.attempts, "fugu.limiter.wait_s": round(runtime.clock() - queued_at, 6)}
+            kind: Literal["client", "internal"] = "client" if self._spec.url else "internal"
+            self._span = around.child("attempt", kind, waited | server(self._spec))
 
     def _context(self) -> CallContext:
         """What the adapter reports, bound to this attempt: one that has failed may still tell of itself."""
@@ -399,7 +407,7 @@ class _Call:
                 self._headers_at = self._rt.clock()
             self._rt.limiter.observe(headers)
 
-        return CallContext(on_sent, on_headers)
+        return CallContext(on_sent, on_headers, {} if self._span is None else self._span.headers())
 
     def _note(self, chunk: Chunk) -> None:
         if not self.first_byte:
@@ -419,6 +427,8 @@ class _Call:
         )
         self._grant.settle(tokens)
         self._rt.breaker.success(self._probe)
+        if self._span is not None:
+            self._span.end()
 
     def _failed(self, error: BaseException) -> BaseException:
         """Give back what was not used, tell the breaker, and return what to raise."""
@@ -451,6 +461,9 @@ class _Call:
             runtime.breaker.failure(self._probe)
         else:
             runtime.breaker.neutral(self._probe)
+        if self._span is not None:
+            self._span.fail(error)
+            self._span.end()
         return error
 
     def _too_long(self) -> WorkerTimeoutError:

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
+from actors import spans
 from actors.errors import (
     AllWorkersFailedError,
     BudgetError,
@@ -189,20 +190,20 @@ class _Conducting:
         mistakes: list[Mistake] = []
         for attempt in range(self.settings.retries + 1):
             try:
-                reply, seconds = await self._write(self._asked(this, mistakes[-1:], attempt))
+                with spans.span("plan") as span:
+                    if span is not None:
+                        depth = self.conducted.depth
+                        span.set(
+                            {"fugu.plan.round": this.number + 1, "fugu.plan.depth": depth, "fugu.plan.try": attempt + 1}
+                        )
+                    reply, seconds = await self._write(self._asked(this, mistakes[-1:], attempt))
+                    workflow = self._read(reply)
+                    if span is not None:
+                        span.set({"fugu.plan.steps": len(workflow.steps), "fugu.plan.topology": workflow.topology})
             except (WorkerError, ContextLengthError, BudgetError, DeadlineError) as error:
                 if self.said and isinstance(error, BudgetError | DeadlineError):
                     self.conducted.out_of = _resource(error)
                 return self._without_plan(this, f"the conductor could not answer: {error.message}")
-            try:
-                workflow = parse_workflow(
-                    reply.text,
-                    self.pool.names,
-                    allowed=self.pool.workers.keys(),
-                    max_steps=self.settings.prompt.max_steps,
-                    allow_self=self._may_recurse,
-                    allow_empty=bool(self.said),
-                )
             except PlanError as error:
                 this.writings.append(Writing(reply, seconds, error))
                 left = self.settings.retries - attempt
@@ -218,6 +219,19 @@ class _Conducting:
             self.on_event(Planned(self.conducted.depth, this.number, workflow, seconds))
             return None
         return self._without_plan(this, f"no workflow in {self.settings.retries + 1} tries: {mistakes[-1].reason}")
+
+    def _read(self, reply: ChatReply) -> Workflow:
+        """Raises:
+        PlanError: what was written is no workflow of this pool.
+        """
+        return parse_workflow(
+            reply.text,
+            self.pool.names,
+            allowed=self.pool.workers.keys(),
+            max_steps=self.settings.prompt.max_steps,
+            allow_self=self._may_recurse,
+            allow_empty=bool(self.said),
+        )
 
     def _asked(self, this: PlanRound, mistakes: Sequence[Mistake], attempt: int) -> ChatRequest:
         """What the writer is asked. A compact conductor never saw a mistake in its training: it only tries again."""

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from actors import spans
 from actors.errors import AllWorkersFailedError, ContextLengthError, FuguError, WorkerError
 from actors.messages import ChatReply, ChatRequest, Message, Usage, Worker
 from orchestrator import roles
@@ -94,18 +95,23 @@ async def play(
     suggested: Role | None = None
     query = request.messages
     for turns_left in range(max_turns, 0, -1):
-        decision = await decide(roles.transcript(query, session.thoughts))
-        role: Role = suggested or _role(decision)
-        overridden, suggested = suggested is not None, None
-        if session.response is None:
-            if role == "verifier" and not guard:
-                return session
-            if role == "verifier" or (guard and turns_left == 1):
-                role = "worker"
-        messages = _messages(role, query, session, suggestion)
-        part = request.with_(messages=messages) if role == "worker" else _advisory(request, messages)
         try:
-            turn = await _ask(part, role, decision.ranking[: fallbacks + 1], workers, overridden)
+            with spans.span(f"turn {max_turns - turns_left + 1}") as span:
+                decision = await decide(roles.transcript(query, session.thoughts))
+                role: Role = suggested or _role(decision)
+                overridden, suggested = suggested is not None, None
+                if session.response is None:
+                    if role == "verifier" and not guard:
+                        return session
+                    if role == "verifier" or (guard and turns_left == 1):
+                        role = "worker"
+                if span is not None:
+                    span.set({"fugu.turn.role": role, "fugu.turn.overridden": overridden})
+                messages = _messages(role, query, session, suggestion)
+                part = request.with_(messages=messages) if role == "worker" else _advisory(request, messages)
+                turn = await _ask(part, role, decision.ranking[: fallbacks + 1], workers, overridden)
+                if span is not None:
+                    span.set({"fugu.worker": turn.worker})
         except AllWorkersFailedError as error:
             if session.response is None:
                 raise

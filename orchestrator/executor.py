@@ -14,6 +14,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
+from actors import spans
 from actors.errors import AllWorkersFailedError, BudgetError, DeadlineError, FuguError, WorkerUnavailableError
 from actors.estimate import estimate_tokens, text_tokens
 from actors.messages import ChatReply, ChatRequest, Usage, Worker
@@ -219,6 +220,19 @@ class _Running:
         return self.clock() - self.began
 
     async def _step(self, index: int) -> StepResult:
+        with spans.span(f"step {index + 1}") as span:
+            result = await self._tried(index)
+            if span is not None:
+                step = result.step
+                asked = {"fugu.step.subtask": step.subtask} if span.content else {}
+                reads = [i + 1 for i in step.access]
+                told = {"fugu.worker": result.worker, "fugu.step.reads": reads, "fugu.step.skipped": result.skipped}
+                span.set({"fugu.step.planned_worker": step.worker, **told, **asked})
+                if result.skipped == "failed":
+                    span.fail(AllWorkersFailedError(dict(result.failures)))
+        return result
+
+    async def _tried(self, index: int) -> StepResult:
         step = self.workflow.steps[index]
         request = self._request(index)
         started = self._now()

@@ -31,6 +31,7 @@ from actors.config import FuguConfig, Replicas
 from actors.errors import ConfigError, FuguError
 from actors.placement import resources
 from actors.pool import WorkerPool
+from actors.telemetry import check_installed
 from serve.auth import check_bind
 from serve.checkpoint import why_no_roles
 from serve.conductor import why_no_conductor
@@ -79,7 +80,7 @@ def assemble(
             max_ongoing_requests=max(256, 4 * config.router.max_batch),
             user_config=dict(served) or None,
             **_replicas(settings.router_replicas),
-        )(RouterReplica).bind(config.router, [spec.name for spec in config.workers])
+        )(RouterReplica).bind(config.router, [spec.name for spec in config.workers], config.telemetry)
     gateway = serve.deployment(
         name="Gateway",
         ray_actor_options={"num_cpus": 0, "resources": dict(where)},
@@ -132,9 +133,11 @@ class Server:
         """Start Ray (or join the one at `address`), the provider actors and the application.
 
         Raises:
-            ConfigError: a public address without keys, a port that is taken, or no Ray at `address`.
+            ConfigError: a public address without keys, a port that is taken, no Ray at `address`, or what sends
+                traces is not installed.
         """
         check_bind(config.serve)
+        check_installed(config.telemetry)
         settings = config.serve
         if address is None:
             check_port_free(settings.host, settings.port)

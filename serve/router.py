@@ -13,14 +13,18 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ray import serve
 
 from actors.config import RouterConfig
 from actors.errors import FuguError, NoWorkerAllowedError
 from actors.messages import ImagePart, Message
+from actors.telemetry import TelemetryConfig, open_telemetry
 from serve.trace import Choice
+
+if TYPE_CHECKING:
+    from actors.otel import Telemetry
 
 log = logging.getLogger("fugu.router")
 
@@ -32,7 +36,8 @@ Choose = Literal["argmax", "sample"]
 @dataclass(frozen=True, slots=True)
 class Question:
     """What the router is asked: which of `allowed` should answer this conversation, and (`roles`) as what. `pin` names
-    the pinned checkpoint that is to decide; None is the rolling one."""
+    the pinned checkpoint that is to decide; None is the rolling one. `headers` are those of the trace that it is part
+    of, None where it is not traced."""
 
     messages: tuple[Message, ...]
     allowed: frozenset[str]
@@ -40,6 +45,7 @@ class Question:
     choose: Choose
     roles: bool = False
     pin: str | None = None
+    headers: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +83,12 @@ class RouterReplica:
     over and over: the reason is kept, told by `status`, and returned for every question; one that comes as an update
     is refused, and the old one goes on deciding."""
 
-    def __init__(self, config: RouterConfig, workers: Sequence[str]) -> None:
+    _telemetry: Telemetry | None = None
+
+    def __init__(self, config: RouterConfig, workers: Sequence[str], telemetry: TelemetryConfig | None = None) -> None:
         self._config = config
         self._workers = tuple(workers)
+        self._telemetry = open_telemetry(telemetry, "router")
         self._failure: FuguError | None = None
         self._routers: tuple[Any, Any | None] | None = None
         self._pinned: dict[str, Any] = {}
@@ -122,8 +131,17 @@ class RouterReplica:
         """One answer per question, in one forward pass per way of choosing (nearly always one in all)."""
         if self._routers is None or self._served is None:
             return [self._failure or FuguError("the router has no checkpoint yet")] * len(questions)
+        began = time.time_ns()
         # An update may come while this batch is decided.
-        return await asyncio.to_thread(self._decide, questions, self._routers, self._served.share, self._pinned)
+        answers = await asyncio.to_thread(self._decide, questions, self._routers, self._served.share, self._pinned)
+        if self._telemetry is not None:
+            _tell_batch(self._telemetry, questions, answers, began)
+        return answers
+
+    def __del__(self) -> None:
+        # Serve calls it when the replica stops.
+        if self._telemetry is not None:
+            self._telemetry.close()
 
     @staticmethod
     def _decide(
@@ -140,6 +158,23 @@ class RouterReplica:
             decided = _decide_alike(router, [questions[i] for i in chosen], choose)
             answers.update(zip(chosen, map(_by_canary, decided) if tried else decided, strict=True))
         return [answers[index] for index in range(len(questions))]
+
+
+def _tell_batch(
+    telemetry: Telemetry, questions: Sequence[Question], answers: Sequence[Answer | FuguError], began_ns: int
+) -> None:
+    """The router's part of each decision that is traced: the one pass that decided all of its batch."""
+    ended_ns = time.time_ns()
+    for question, answer in zip(questions, answers, strict=True):
+        if question.headers is None:
+            continue
+        told = {"fugu.router.batch": len(questions), "fugu.router.pin": question.pin}
+        part = telemetry.joined(question.headers).child("router pass", "server", told, began_ns)
+        if isinstance(answer, FuguError):
+            part.fail(answer)
+        else:
+            part.set({"fugu.decision.worker": answer.worker, "fugu.decision.source": answer.source})
+        part.end(ended_ns)
 
 
 def _by_canary(answer: Answer | FuguError) -> Answer | FuguError:

@@ -39,7 +39,8 @@ class Trace:
     """Gathered while a request runs. All times in seconds. `turns` is of a session (`serve.api.session`), else None.
     `spent` are the calls that were completed, for who must know of them though no answer came; `ended` is all that an
     answer took which came to its end,
-    and `queued_s` how long the answering call waited for its worker's limits."""
+    and `queued_s` how long the answering call waited for its worker's limits. `first_piece_s` is when a stream's first
+    piece of the answer was there, since the request began."""
 
     request_id: str
     started: float
@@ -50,6 +51,7 @@ class Trace:
     spent: list[Spent] = field(default_factory=list)
     ended: Spent | None = None
     queued_s: float = 0.0
+    first_piece_s: float | None = None
     workflow: dict[str, Any] | None = None
 
     def body(self, reply: ChatReply | None, now: float, error: FuguError | None = None) -> dict[str, Any]:

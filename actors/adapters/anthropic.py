@@ -299,6 +299,7 @@ class _Reader:
         return self.done
 
     def take_whole(self, reply: dict[str, Any]) -> None:
+        self.answer.named(reply.get("model"))
         for index, block in enumerate(reply["content"]):
             self._open(index, block)
             self._close(index)
@@ -315,6 +316,7 @@ class _Reader:
         elif kind == "content_block_stop":
             self._close(event["index"])
         elif kind == "message_start":
+            self.answer.named(event["message"].get("model"))
             self._count(event["message"].get("usage") or {})
         elif kind == "message_delta":
             self._stop(event["delta"].get("stop_reason"))

@@ -39,10 +39,16 @@ class Assembler:
     usage: Usage = field(default_factory=Usage)
     finish: FinishReason | None = None
     thoughts: list[Thought] = field(default_factory=list)
+    model: str = ""
     _new_text: list[str] = field(default_factory=list)
     _new_reasoning: list[str] = field(default_factory=list)
     _new_tools: list[ToolCallDelta] = field(default_factory=list)
     _new_thoughts: list[Thought] = field(default_factory=list)
+
+    def named(self, model: Any) -> None:
+        """The provider says which model answers, or leaves it out."""
+        if isinstance(model, str):
+            self.model = model[:200]
 
     def add_text(self, piece: str) -> None:
         if piece:
@@ -100,6 +106,7 @@ class Assembler:
             usage=self.usage,
             dropped=tuple(dropped),
             thoughts=tuple(self.thoughts),
+            model=self.model,
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,11 +15,12 @@ class CallContext:
 
     The adapter calls `on_sent` once the whole request has left this process (no later than the response's headers)
     and `on_headers` with the response's headers, names in lower case, whatever the status. The limiter learns from
-    both.
+    both. `headers` go with the request: those of its trace.
     """
 
     on_sent: Callable[[], None] = field(default=lambda: None)
     on_headers: Callable[[dict[str, str]], None] = field(default=lambda _headers: None)
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Adapter(Protocol):

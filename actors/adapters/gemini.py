@@ -234,6 +234,7 @@ class _Reader:
         self.take(self._upstream.event_object(data))
 
     def take(self, reply: dict[str, Any]) -> None:
+        self.answer.named(reply.get("modelVersion"))
         for candidate in (reply.get("candidates") or ())[:1]:
             for part in (candidate.get("content") or {}).get("parts") or ():
                 self._part(part)

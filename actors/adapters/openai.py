@@ -179,6 +179,7 @@ class _Reader:
             self.done = True
             return
         chunk = self._upstream.event_object(data)
+        self.answer.named(chunk.get("model"))
         for choice in chunk.get("choices") or ():
             self._choice(choice, choice.get("delta") or {})
         self._usage(chunk.get("usage"))
@@ -187,6 +188,7 @@ class _Reader:
         if not reply.get("choices"):
             raise self._upstream.malformed("it has no choices")
         choice = reply["choices"][0]
+        self.answer.named(reply.get("model"))
         self._choice(choice, choice["message"])
         self._usage(reply.get("usage"))
 

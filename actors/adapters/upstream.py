@@ -67,9 +67,9 @@ class Upstream:
 
     def open(self, path: str, body: Mapping[str, Any], context: CallContext) -> UpstreamResponse:
         """A call as an async context manager; leaving it closes the connection or gives it back."""
-        return UpstreamResponse(self, self._request(path, body), context)
+        return UpstreamResponse(self, self._request(path, body, context.headers), context)
 
-    def _request(self, path: str, body: Mapping[str, Any]) -> httpx.Request:
+    def _request(self, path: str, body: Mapping[str, Any], more: Mapping[str, str]) -> httpx.Request:
         url = self._urls.get(path)
         if url is None:
             url = self._urls[path] = httpx.URL(self.spec.url + path)
@@ -82,7 +82,8 @@ class Upstream:
         extensions: dict[str, Any] = {
             "timeout": {"connect": timeout.connect, "read": None, "write": None, "pool": None}
         }
-        return httpx.Request("POST", url, headers=self._headers, content=content, extensions=extensions)
+        headers = {**self._headers, **more} if more else self._headers
+        return httpx.Request("POST", url, headers=headers, content=content, extensions=extensions)
 
     def _object(self, raw: bytes, content_type: str) -> dict[str, Any]:
         try:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from contextlib import aclosing, suppress
 
 from actors.errors import DeadlineError, FuguError
+from actors.spans import span
 from serve.api.conversations import Conversations
 from serve.api.http import where_of
 from serve.api.job import Done, Engine, Job
-from serve.api.responses import ResponsesExchange
+from serve.api.responses import ResponsesDialect, ResponsesExchange
 from serve.metering import Metered
+from serve.metrics import Meter
 from serve.trace import Spent
 
 log = logging.getLogger("fugu.gateway")
@@ -23,9 +26,10 @@ _LOOK_SECONDS = 0.5
 class Background:
     """The responses that this gateway is making. `limit` seconds is the longest that one may take."""
 
-    def __init__(self, conversations: Conversations, limit: float) -> None:
+    def __init__(self, conversations: Conversations, limit: float, meter: Meter) -> None:
         self._conversations = conversations
         self._limit = limit
+        self._meter = meter
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, job: Job, exchange: ResponsesExchange, engine: Engine, metered: Metered | None) -> bytes:
@@ -39,6 +43,7 @@ class Background:
 
     async def _make(self, job: Job, exchange: ResponsesExchange, engine: Engine, metered: Metered | None) -> None:
         making = asyncio.create_task(self._answer(job, exchange, engine))
+        outcome = "cancelled"
         try:
             while not making.done():
                 await asyncio.wait((making,), timeout=_LOOK_SECONDS)
@@ -48,11 +53,20 @@ class Background:
         finally:
             making.cancel()
             with suppress(asyncio.CancelledError):
-                await making
+                outcome = await making
+            self._meter.request(ResponsesDialect.path, job.model, outcome, job.trace, time.perf_counter())
             if metered is not None:
                 await metered.settle(job.trace)
 
-    async def _answer(self, job: Job, exchange: ResponsesExchange, engine: Engine) -> None:
+    async def _answer(self, job: Job, exchange: ResponsesExchange, engine: Engine) -> str:
+        """Make it; "ok" or the code of what failed."""
+        with span("background") as background:
+            failure = await self._answered(job, exchange, engine)
+            if failure is not None and background is not None:
+                background.fail(failure)
+        return "ok" if failure is None else failure.code
+
+    async def _answered(self, job: Job, exchange: ResponsesExchange, engine: Engine) -> FuguError | None:
         try:
             try:
                 async with asyncio.timeout(self._limit), aclosing(engine.run(job)) as events:
@@ -64,9 +78,13 @@ class Background:
             except TimeoutError:
                 raise DeadlineError(f"no complete answer within {self._limit:g} s") from None
         except FuguError as error:
-            await exchange.keep_as("failed", error)
+            failure = error
         except asyncio.CancelledError:
             raise
         except Exception as error:
             log.error("response %s failed: %s", exchange.id, where_of(error))
-            await exchange.keep_as("failed", FuguError("internal error; the server's log has more"))
+            failure = FuguError("internal error; the server's log has more")
+        else:
+            return None
+        await exchange.keep_as("failed", failure)
+        return failure

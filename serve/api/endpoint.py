@@ -11,13 +11,14 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from starlette.types import Receive, Scope, Send
 
 from actors.config import ServeConfig
 from actors.errors import DeadlineError, FuguError, RequestError
 from actors.messages import ChatRequest, Chunk
+from actors.spans import Span, current
 from serve import sse
 from serve.api.background import Background
 from serve.api.http import headers_of, read_body, request_id, send_error, send_json, where_of
@@ -30,6 +31,10 @@ from serve.metering import Metered, admit
 from serve.metrics import Meter
 from serve.schema import FuguBody
 from serve.trace import Spent, Trace
+from serve.tracing import request_span, tell_request
+
+if TYPE_CHECKING:
+    from actors.otel import Telemetry
 
 log = logging.getLogger("fugu.gateway")
 
@@ -104,6 +109,7 @@ class Endpoint:
         meter: Meter,
         *,
         served: Served,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self._dialect = dialect
         self._deciding = deciding
@@ -114,14 +120,22 @@ class Endpoint:
         self._background = background
         self._meter = meter
         self._served = served
+        self._telemetry = telemetry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = headers_of(scope)
         trace = Trace(request_id(headers), time.perf_counter())
+        with request_span(self._telemetry, self._dialect.path, headers, trace.request_id) as span:
+            await self._respond(headers, trace, span, receive, send)
+
+    async def _respond(
+        self, headers: Mapping[bytes, bytes], trace: Trace, span: Span | None, receive: Receive, send: Send
+    ) -> None:
         answer = _Answer(send, self._dialect, trace.request_id)
-        traced = False
+        traced = later = False
         metered: Metered | None = None
         model, outcome = "", "ok"
+        failure: FuguError | None = None
         try:
             caller = await self._keys.enter(self._dialect.credential(headers))
             _check_content_type(headers)
@@ -137,7 +151,7 @@ class Endpoint:
             metered = await admit(self._keys.book, caller, request)
             if isinstance(exchange, ResponsesExchange) and exchange.background:
                 await answer.whole(await self._background.start(job, exchange, self._engines[job.model], metered))
-                metered = None  # settled when it is made
+                metered, later = None, True  # settled and counted when it is made
                 return
             limit = self._config.request_timeout
             try:
@@ -146,25 +160,31 @@ class Endpoint:
             except TimeoutError:
                 raise DeadlineError(f"no complete answer within {limit:g} s") from None
         except FuguError as error:
-            outcome = error.code
+            outcome, failure = error.code, error
             await answer.fail(error, trace if traced else None)
         except asyncio.CancelledError:
             outcome = "cancelled"
             raise
         except Exception as error:
             # A fault of ours: the caller learns that it happened, the log learns where, neither sees the request.
-            outcome = FuguError.code
+            failure = FuguError("internal error; the server's log has more")
+            outcome = failure.code
             log.error("request %s failed: %s", trace.request_id, where_of(error))
-            await answer.fail(FuguError("internal error; the server's log has more"), trace if traced else None)
+            await answer.fail(failure, trace if traced else None)
         finally:
             self._deciding.resting.learn(trace.record)
-            self._meter.request(self._dialect.path, model, outcome, trace, time.perf_counter())
+            if not later:
+                self._meter.request(self._dialect.path, model, outcome, trace, time.perf_counter())
+            if span is not None:
+                tell_request(span, model, outcome, trace, answer.status, failure)
             if metered is not None:
                 await metered.settle(trace)
 
     async def refuse(self, scope: Scope, send: Send, error: FuguError) -> None:
         """Answer with an error and do nothing."""
-        await _Answer(send, self._dialect, request_id(headers_of(scope))).fail(error, None)
+        trace = Trace(request_id(headers_of(scope)), time.perf_counter())
+        self._meter.request(self._dialect.path, "", error.code, trace, trace.started)
+        await _Answer(send, self._dialect, trace.request_id).fail(error, None)
 
     async def _answer(self, job: Job, exchange: Exchange, answer: _Answer) -> None:
         events = self._engines[job.model].run(job)
@@ -193,8 +213,17 @@ async def _written(
                 _note_end(trace, event)
                 await exchange.keep(event)
                 yield exchange.end(event)
-            else:
-                yield exchange.chunk(event)
+                continue
+            if trace.first_piece_s is None and (event.text or event.tool_calls):
+                _note_first_piece(trace)
+            yield exchange.chunk(event)
+
+
+def _note_first_piece(trace: Trace) -> None:
+    trace.first_piece_s = round(time.perf_counter() - trace.started, 6)
+    around = current()
+    if around is not None:
+        around.event("first token")
 
 
 def _note_end(trace: Trace, done: Done) -> None:
@@ -234,13 +263,17 @@ class _Answer:
         self._id = id
         self._streaming = False
         self.exchange: Exchange | None = None
+        self.status = 0
+        """Of the answer that was begun, with its errors; 0 where none was."""
 
     async def whole(self, body: bytes) -> None:
+        self.status = 200
         await send_json(self._send, 200, body)
 
     async def event(self, event: bytes) -> None:
         if not self._streaming:
             self._streaming = True
+            self.status = 200
             await self._send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
         await self._send({"type": "http.response.body", "body": event, "more_body": True})
 
@@ -250,6 +283,7 @@ class _Answer:
     async def fail(self, error: FuguError, trace: Trace | None) -> None:
         told = None if trace is None else trace.body(None, time.perf_counter())
         if not self._streaming or self.exchange is None:
+            self.status = error.http_status
             await send_error(self._send, error, told, self._dialect.error(error, told, self._id))
             return
         await self.event(self.exchange.broken(error, told))

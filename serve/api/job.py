@@ -14,6 +14,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from actors import spans
 from actors.config import FuguConfig, RouterConfig
 from actors.errors import ContextLengthError
 from actors.messages import ChatReply, ChatRequest, Chunk, Usage, Worker
@@ -22,6 +23,7 @@ from serve.auth import ANYONE, Caller
 from serve.conductor import Knobs
 from serve.router import Choose, Decider, Question
 from serve.trace import Choice, Trace
+from serve.tracing import tell_choice
 
 # English has 4 to 5; long runs of one sign have more.
 _MOST_CHARACTERS_PER_TOKEN = 16
@@ -104,7 +106,9 @@ class Deciding:
         """
         allowed = self._long_enough(request, wishes.allowed)
         awake = self.resting.awake(allowed)
-        choice = await self._decider.choose(self._question(request, awake, seed, wishes, roles))
+        with spans.span("decision") as span:
+            choice = await self._decider.choose(self._question(request, awake, seed, wishes, roles))
+            tell_choice(span, choice)
         # Those that rest come last: they may have woken by the time everyone else has failed.
         return choice, rank(choice.worker, choice.probabilities, allowed, self.router.fallbacks)
 
@@ -117,11 +121,15 @@ class Deciding:
     def _question(
         self, request: ChatRequest, awake: Sequence[str], seed: int | None, wishes: Wishes, roles: bool
     ) -> Question:
-        return Question(request.messages, frozenset(awake), seed, wishes.choose, roles, self._pin)
+        names = frozenset(awake)
+        return Question(request.messages, names, seed, wishes.choose, roles, self._pin, spans.headers())
 
     def staying(self, worker: str) -> Choice:
         """The choice inside a tool loop: who asked for the tool."""
-        return Choice(worker, {worker: 1.0}, "tool_loop")
+        choice = Choice(worker, {worker: 1.0}, "tool_loop")
+        with spans.span("decision") as span:
+            tell_choice(span, choice)
+        return choice
 
     def _long_enough(self, request: ChatRequest, allowed: tuple[str, ...]) -> tuple[str, ...]:
         """The workers whose context holds the conversation. Judged by a lower bound of its length, so that nobody who
