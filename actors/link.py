@@ -163,6 +163,11 @@ class LinkServer:
         self._server = await loop.create_server(self._connection, host, 0)
         return Endpoint(host, self._server.sockets[0].getsockname()[1], self._token)
 
+    @property
+    def connected(self) -> int:
+        """Connections that are open; a call runs on one of them."""
+        return len(self._connections)
+
     def _connection(self) -> _ServerConnection:
         return _ServerConnection(self._runtimes, self._token, self._connections, self._telemetry)
 

@@ -34,11 +34,15 @@ from actors.telemetry import TelemetryConfig
 
 logger = logging.getLogger(__name__)
 
-# Part of the actors' names: raise it when actor and pool no longer understand those of an earlier version.
+# How the actors' names begin.
+PREFIX = "fugu-provider:"
+# Part of them: raise it when actor and pool no longer understand those of an earlier version.
 _PROTOCOL = 2
 _START_SECONDS = 300.0
 _STATUS_SECONDS = 5.0
 _KILL_SECONDS = 10.0
+# Longer than a gateway that starts, or a training run between two rounds, has no connection.
+_UNUSED_SECONDS = 120.0
 _FLUSH_SECONDS = 5.0
 
 
@@ -119,6 +123,18 @@ class WorkerPool:
             recorded = self._specs[name].provider == "replay" and isinstance(error, WorkerRejectedError)
             return CheckResult(name, time.monotonic() - begin, error=None if recorded else error)
         return CheckResult(name, time.monotonic() - begin, reply=reply)
+
+    def retire_others(self, after: float = _UNUSED_SECONDS) -> None:
+        """Tell the actors of other configurations in this namespace to end once nobody has been connected to them for
+        `after` seconds. What runs on them runs to its end, and who wants one of them later starts it again."""
+        ours = {(shard.namespace, shard.name) for shard in _distinct(self._shards.values())}
+        namespaces = {namespace for namespace, _ in ours}
+        for each in ray.util.list_named_actors(all_namespaces=True):
+            name, namespace = each["name"], each["namespace"]
+            if not name.startswith(PREFIX) or namespace not in namespaces or (namespace, name) in ours:
+                continue
+            with contextlib.suppress(ValueError):  # it has ended by now
+                ray.get_actor(name, namespace=namespace).retire.remote(after)
 
     def shutdown(self) -> None:
         """Kill this configuration's actors, whoever started them, and no others. Those that trace may send what they
@@ -243,7 +259,7 @@ class Shard:
         self._telemetry = telemetry
         self._resources = dict(resources)
         self._number = shard
-        self._namespace = namespace
+        self.namespace = namespace
         self._limits = limits
         self.name = actor_name(group, shard, limits, telemetry)
         self._actor: ActorHandle[Any] | None = None
@@ -255,7 +271,7 @@ class Shard:
         first = self._group[0]
         self._actor = ProviderActor.options(  # type: ignore[attr-defined]
             name=self.name,
-            namespace=self._namespace,
+            namespace=self.namespace,
             lifetime="detached",
             get_if_exists=True,
             num_cpus=0,
@@ -347,7 +363,7 @@ class Shard:
         deadline = time.monotonic() + _KILL_SECONDS
         while time.monotonic() < deadline:
             try:
-                ray.kill(ray.get_actor(self.name, namespace=self._namespace), no_restart=True)
+                ray.kill(ray.get_actor(self.name, namespace=self.namespace), no_restart=True)
             except ValueError:
                 return
             time.sleep(0.02)
@@ -390,7 +406,7 @@ def actor_name(
         sent = sorted((name, value.get_secret_value()) for name, value in telemetry.headers.items())
         traced = (telemetry.model_dump_json(exclude={"headers"}), sent)
     digest = hashlib.sha256(repr((_PROTOCOL, told, limits, traced)).encode()).hexdigest()[:16]
-    return f"fugu-provider:{group[0].name}:{digest}:{shard}"
+    return f"{PREFIX}{group[0].name}:{digest}:{shard}"
 
 
 def _distinct(shards: Iterable[Sequence[Shard]]) -> list[Shard]:

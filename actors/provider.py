@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,9 +62,13 @@ class ProviderActor:
         self._starting = asyncio.Lock()
         self._runtimes: dict[str, WorkerRuntime] = {}
         self._endpoint: Endpoint | None = None
+        self._server: LinkServer | None = None
+        self._asked = time.monotonic()
+        self._retiring: asyncio.Task[None] | None = None
 
     async def endpoint(self) -> Endpoint | FuguError:
         """Where to call, once every worker of the group is ready. A start that failed is tried again when asked."""
+        self._asked = time.monotonic()
         async with self._starting:
             if self._endpoint is None:
                 try:
@@ -91,8 +96,8 @@ class ProviderActor:
                 journal=self._journal(spec),
                 reconstructed=self._reconstructed,
             )
-        server = LinkServer(dict(self._runtimes), self._telemetry)
-        return await server.start(ray.util.get_node_ip_address())
+        self._server = LinkServer(dict(self._runtimes), self._telemetry)
+        return await self._server.start(ray.util.get_node_ip_address())
 
     def _journal(self, spec: WorkerSpec) -> Journal | None:
         if spec.limits.requests_per_minute is None and spec.limits.tokens_per_minute is None:
@@ -109,3 +114,18 @@ class ProviderActor:
         if not self._runtimes:
             return WorkerUnavailableError("is still starting")
         return [runtime.status() for runtime in self._runtimes.values()]
+
+    async def retire(self, after: float) -> None:
+        """End for good once nobody has been connected for `after` seconds. Returns at once."""
+        if self._retiring is None:
+            self._retiring = asyncio.create_task(self._end_when_unused(after))
+
+    async def _end_when_unused(self, after: float) -> None:
+        used = time.monotonic()
+        while time.monotonic() - max(used, self._asked) < after:
+            await asyncio.sleep(after / 20)
+            if self._server is not None and self._server.connected:
+                used = time.monotonic()
+        logger.warning("the actor of %s ends: another configuration took its place", self._specs[0].name)
+        await self.close_telemetry()
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)

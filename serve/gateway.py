@@ -150,6 +150,8 @@ class GatewayReplica:
         names = [spec.name for spec in config.active]
         self._no_conductor = why_no_conductor(config)
         self._pool = WorkerPool.connect(config, with_conductor=self._no_conductor is None)
+        # Those of the configuration that was deployed before.
+        self._pool.retire_others()
         self._starting: asyncio.Task[None] | None = None
         self._decider: Decider = (
             OrderDecider(names) if router is None else RouterClient(router, names, config.router.timeout)
