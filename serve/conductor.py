@@ -34,13 +34,14 @@ class Knobs:
 @dataclass(frozen=True, slots=True)
 class Conducting:
     """A conductor as it is served: `writer` writes; `names` are the workers by their numbers; `about` a line on each;
-    `price` what a call costs."""
+    `price` what a call costs; `structured`: it decodes under a grammar."""
 
     config: ConductorConfig
     writer: Worker
     names: tuple[str, ...]
     about: Mapping[str, str]
     price: Price
+    structured: bool = False
 
     def settings(self, knobs: Knobs) -> ConductorSettings:
         config = self.config
@@ -54,7 +55,7 @@ class Conducting:
             retries=config.retries,
             temperature=config.temperature,
             max_tokens=config.max_tokens,
-            structured=config.model is not None and config.provider == "vllm",
+            structured=self.structured,
             executor=ExecutorSettings(config.on_failure, config.fallbacks, config.steps),
         )
 
@@ -97,12 +98,15 @@ def conducting(config: FuguConfig, workers: Mapping[str, Worker]) -> Conducting:
     assert conductor is not None
     names = numbering(_checked_card(config, conductor), [spec.name for spec in config.workers])
     specs = {spec.name: spec for spec in config.active}
+    own = conductor.spec()
+    writes = own or specs[conductor.worker or ""]
     return Conducting(
         conductor,
         workers[conductor.worker or CONDUCTOR],
         names,
         {name: ", ".join(spec.tags) for name, spec in specs.items()},
-        _prices({**specs, **({} if (own := conductor.spec()) is None else {own.name: own})}),
+        _prices({**specs, **({} if own is None else {own.name: own})}),
+        structured=writes.provider == "vllm",
     )
 
 

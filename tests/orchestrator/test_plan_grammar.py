@@ -51,10 +51,19 @@ def test_every_rendered_plan_matches(workflow: Workflow) -> None:
 def test_a_plan_is_no_longer_than_asked(data: st.DataObject) -> None:
     grammar = plan_regex(POOL, characters=800)
     text = data.draw(st.from_regex(re.compile(grammar), fullmatch=True, alphabet=PRINTABLE | st.just("\n")))
-    assert len(text) < 1_000
+    # In words of usual length no more than 800 characters, and what the lists themselves take.
+    words = text.split(" ")
+    assert len(words) * 6 < 1_000
+    assert max(map(len, words)) < 100
     long = plan_regex(POOL, max_steps=1)
-    assert re.fullmatch(long, f'model_id: [0]\nsubtasks: ["{"x" * 2_500}"]\naccess_list: [[]]')
-    assert not re.fullmatch(long, f'model_id: [0]\nsubtasks: ["{"x" * 2_700}"]\naccess_list: [[]]')
+
+    def single(words: int, length: int = 5) -> str:
+        return f'model_id: [0]\nsubtasks: ["{" ".join(["x" * length] * words)}"]\naccess_list: [[]]'
+
+    assert re.fullmatch(long, single(2_500 // 6))
+    assert not re.fullmatch(long, single(2_700 // 6))
+    assert re.fullmatch(long, single(3, length=40))
+    assert not re.fullmatch(long, single(3, length=41))
 
 
 def test_what_is_not_offered_does_not_match() -> None:

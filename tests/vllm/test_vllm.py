@@ -80,7 +80,8 @@ async def test_a_seed_repeats_an_answer(workers: dict[str, VllmAdapter]) -> None
 
 
 async def test_an_adapter_changes_the_answer_of_its_worker_only(workers: dict[str, VllmAdapter]) -> None:
-    request = ask(CAPITAL, temperature=0, max_tokens=20)
+    # A few tokens: a batch rounds otherwise than a lone request, and later on that can turn a close choice.
+    request = ask(CAPITAL, temperature=0, max_tokens=6)
     alone = await workers["plain"].complete(request, CallContext())
     plain, special = await asyncio.gather(
         *(workers[name].complete(request, CallContext()) for name in ("plain", "special"))
@@ -124,6 +125,10 @@ async def test_a_plan_under_its_grammar_always_parses(workers: dict[str, VllmAda
             assert reply.finish_reason == "stop"
             plan = parse_workflow(reply.text, pool, allowed=allowed, max_steps=3)
             assert {step.worker for step in plan.steps} <= allowed
+    # As it is served, with long plans: an engine has seconds to compile it.
+    served = {"structured_outputs": {"regex": plan_regex(pool, allow_self=True, allow_empty=True)}}
+    reply = await workers["plain"].complete(ask("Plan.", max_tokens=12, extra=served), CallContext())
+    assert reply.finish_reason == "length"
 
 
 async def test_cancelling_ends_the_generation(workers: dict[str, VllmAdapter]) -> None:
