@@ -8,6 +8,7 @@ fails gets one turn of repair by the same worker.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +18,6 @@ from urllib.parse import urlsplit
 import orjson
 
 from actors.config import WorkerSpec
-from actors.errors import RequestError
 from actors.messages import ChatReply, ChatRequest, Message, ResponseFormat
 
 Native = Literal["trusted", "sent", "none"]
@@ -49,32 +49,17 @@ class Shape:
     """What an answer must be: JSON, and of a schema where there is one.
 
     Raises:
-        RequestError: the schema is none, or refers to something outside itself.
+        RequestError: see `actors.json_schema.JsonSchema`.
     """
 
     def __init__(self, wanted: ResponseFormat) -> None:
-        # Requests without a schema, nearly all, do without these.
-        from jsonschema import SchemaError
-        from jsonschema.validators import validator_for
-        from referencing import Registry
-
-        self._validator: Any = None
         self.schema: Mapping[str, Any] | None = wanted.schema if wanted.kind == "json_schema" else None
-        if self.schema is None:
-            return
-        kind = validator_for(self.schema)
-        try:
-            kind.check_schema(self.schema)
-        except SchemaError as error:
-            where = "".join(f"[{part!r}]" for part in error.absolute_path)
-            raise RequestError(
-                f"response_format: the schema is not valid at {where or 'its root'} ({error.validator})",
-                param="response_format",
-            ) from None
-        except RecursionError:
-            raise _too_deep() from None
-        # An empty registry: what a schema refers to outside itself is never fetched.
-        self._validator = kind(self.schema, registry=Registry())
+        self._checked: Any = None
+        if self.schema is not None:
+            # Requests without a schema, nearly all, do without it.
+            from actors.json_schema import JsonSchema
+
+            self._checked = JsonSchema(self.schema)
 
     def read(self, reply: ChatReply) -> tuple[ChatReply, tuple[str, str] | None]:
         """The reply, bare of a fence around its JSON, and what is wrong with it: (in words that quote nothing, in words
@@ -89,23 +74,17 @@ class Shape:
             return reply, ("it is not JSON", f"It is not valid JSON: {error.msg} at character {error.pos}.")
         if text != reply.text:
             reply = replace(reply, text=text)
-        if self._validator is None:
+        if self._checked is None:
             wrong = None if isinstance(value, dict) else ("it is not a JSON object", "It is not a JSON object.")
             return reply, wrong
         return reply, self._wrong(value)
 
-    def _wrong(self, value: Any) -> tuple[str, str] | None:
-        from jsonschema.exceptions import best_match
-        from referencing.exceptions import Unresolvable
+    async def checked(self, reply: ChatReply) -> tuple[ChatReply, tuple[str, str] | None]:
+        """`read`, without the event loop waiting for it."""
+        return self.read(reply) if self.schema is None else await asyncio.to_thread(self.read, reply)
 
-        try:
-            error = best_match(self._validator.iter_errors(value))
-        except Unresolvable:
-            raise RequestError(
-                "response_format: the schema refers to something outside itself", param="response_format"
-            ) from None
-        except RecursionError:
-            raise _too_deep() from None
+    def _wrong(self, value: Any) -> tuple[str, str] | None:
+        error = self._checked.fault(value)
         if error is None:
             return None
         return f"at {error.json_path} ({error.validator})", f"At {error.json_path}: {error.message}"[:_SHOWN_CHARACTERS]
@@ -124,15 +103,16 @@ class Shape:
         return request.with_(messages=messages, response_format=None)
 
 
-def _too_deep() -> RequestError:
-    message = "response_format: the schema is nested too deeply, or leads back to itself"
-    return RequestError(message, param="response_format")
+async def shape_of(request: ChatRequest) -> Shape | None:
+    """What the answer must be; None where it may be any text. The event loop does not wait for a large schema.
 
-
-def shape_of(request: ChatRequest) -> Shape | None:
-    """What the answer must be; None where it may be any text."""
+    Raises:
+        RequestError: as `Shape`.
+    """
     wanted = request.response_format
-    return None if wanted is None or wanted.kind == "text" else Shape(wanted)
+    if wanted is None or wanted.kind == "text":
+        return None
+    return Shape(wanted) if wanted.schema is None else await asyncio.to_thread(Shape, wanted)
 
 
 def repaired(request: ChatRequest, reply: ChatReply, wrong: str) -> ChatRequest:

@@ -143,17 +143,17 @@ class WorkerRuntime:
             return self._from_cache(reply, begin) if shared else reply
 
     async def _call(self, request: ChatRequest) -> ChatReply:
-        shape = shape_of(request)
+        shape = await shape_of(request)
         if shape is None:
             return await self._one(request)
         if self._native == "none":
             request = shape.asked(request)
-        reply, wrong = shape.read(await self._one(request))
+        reply, wrong = await shape.checked(await self._one(request))
         if wrong is None:
             return reply
         if request.max_attempts is None or request.max_attempts > reply.attempts:
             again = repaired(request, reply, wrong[1])
-            second, wrong = shape.read(await self._one(again))
+            second, wrong = await shape.checked(await self._one(again))
             reply = joined(reply, second)
         if wrong is not None:
             raise ShapeError(f"its answer is not the JSON that was asked for: {wrong[0]}", worker=self.spec.name)
@@ -172,7 +172,7 @@ class WorkerRuntime:
 
         Raises `StreamBrokenError` for whatever fails after the first chunk, other `WorkerError`s before it.
         """
-        shape = shape_of(request)
+        shape = await shape_of(request)
         if shape is not None and self._native != "trusted":
             for chunk in as_chunks(await self.complete(request)):
                 yield chunk
@@ -196,7 +196,7 @@ class WorkerRuntime:
             finally:
                 await call.leave()
             reply = self._finish(call, chunk.final)
-            if shape is not None and (wrong := shape.read(reply)[1]) is not None:
+            if shape is not None and (wrong := (await shape.checked(reply))[1]) is not None:
                 raise StreamBrokenError(
                     f"its answer is not the JSON that was asked for: {wrong[0]}", worker=self.spec.name
                 )

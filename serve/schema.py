@@ -18,6 +18,7 @@ from actors.errors import RequestError
 
 Count = Annotated[int, Field(gt=0, le=2**31)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+MOST_NESTED = 100
 Names = Annotated[tuple[str, ...], Field(strict=False, max_length=256)]
 
 
@@ -165,6 +166,7 @@ def parse_body(raw: bytes, kind: type[Body]) -> Body:
         data = _loads_leniently(raw, error)
     if not isinstance(data, dict):
         raise RequestError("the body must be a JSON object")
+    _check_depth(data)
     return check(data, kind)
 
 
@@ -185,6 +187,21 @@ def check(data: Any, kind: type[Body], where: str = "") -> Body:
         raise _explain(error, data, where) from None
     except RecursionError:
         raise RequestError("the body is nested too deeply") from None
+
+
+def _check_depth(data: dict[str, Any]) -> None:
+    """What is read must also be written again, by us and by every worker's server, and theirs hold less than ours."""
+    level: list[Any] = [data]
+    for _ in range(MOST_NESTED):
+        level = [
+            part
+            for each in level
+            for part in (each.values() if isinstance(each, dict) else each)
+            if isinstance(part, (dict, list))
+        ]
+        if not level:
+            return
+    raise RequestError(f"the body is nested more than {MOST_NESTED} deep")
 
 
 def _loads_leniently(raw: bytes, error: orjson.JSONDecodeError) -> Any:

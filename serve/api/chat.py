@@ -19,6 +19,7 @@ class ChatDialect:
     """See `serve.api.endpoint.Dialect`."""
 
     path = "/v1/chat/completions"
+    schema_field = "response_format"
 
     def credential(self, headers: Mapping[bytes, bytes]) -> bytes | None:
         return headers.get(b"authorization")

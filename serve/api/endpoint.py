@@ -19,6 +19,7 @@ from actors.config import ServeConfig
 from actors.errors import DeadlineError, FuguError, RequestError
 from actors.messages import ChatRequest, Chunk
 from actors.spans import Span, current
+from actors.structured import shape_of
 from serve import sse
 from serve.api.background import Background
 from serve.api.http import headers_of, read_body, request_id, send_error, send_json, where_of
@@ -79,9 +80,10 @@ class Exchange(Protocol):
 
 
 class Dialect(Protocol):
-    """A wire format. `path` is what it answers on."""
+    """A wire format. `path` is what it answers on, `schema_field` where a caller says what JSON the answer must be."""
 
     path: str
+    schema_field: str
 
     def credential(self, headers: Mapping[bytes, bytes]) -> bytes | None:
         """The `Authorization` header, or what stands for it."""
@@ -147,6 +149,7 @@ class Endpoint:
             wishes = self._wishes.read(exchange.fugu or FuguBody(), headers, caller)
             traced = wishes.trace
             request, trace.dropped = exchange.request()
+            await self._check_schema(request)
             job = Job(exchange.model, request, wishes, trace, exchange.stream, caller)
             metered = await admit(self._keys.book, caller, request)
             if isinstance(exchange, ResponsesExchange) and exchange.background:
@@ -179,6 +182,18 @@ class Endpoint:
                 tell_request(span, model, outcome, trace, answer.status, failure)
             if metered is not None:
                 await metered.settle(trace)
+
+    async def _check_schema(self, request: ChatRequest) -> None:
+        """A schema that no answer can be checked against costs nobody anything.
+
+        Raises:
+            RequestError: see `actors.json_schema.JsonSchema`.
+        """
+        try:
+            await shape_of(request)
+        except RequestError as error:
+            field = self._dialect.schema_field
+            raise RequestError(f"{field}: {error.message.partition(': ')[2]}", param=field) from None
 
     async def refuse(self, scope: Scope, send: Send, error: FuguError) -> None:
         """Answer with an error and do nothing."""

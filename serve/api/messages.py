@@ -25,6 +25,7 @@ class MessagesDialect:
     """See `serve.api.endpoint.Dialect`."""
 
     path = "/v1/messages"
+    schema_field = "output_config.format"
 
     def credential(self, headers: Mapping[bytes, bytes]) -> bytes | None:
         key = headers.get(b"x-api-key")

@@ -29,6 +29,7 @@ class ResponsesDialect:
     """See `serve.api.endpoint.Dialect`."""
 
     path = "/v1/responses"
+    schema_field = "text.format"
 
     def __init__(self, conversations: Conversations) -> None:
         self._conversations = conversations
