@@ -19,6 +19,7 @@ import ray
 from actors.adapters.build import build_adapters
 from actors.config import WorkerSpec
 from actors.errors import ConfigError, FuguError, WorkerUnavailableError
+from actors.gauges import EVERY_SECONDS, WorkerGauges
 from actors.journal import Journal, journal_path
 from actors.limiter import SLACK, WINDOW
 from actors.link import Endpoint, LinkServer
@@ -65,6 +66,7 @@ class ProviderActor:
         self._server: LinkServer | None = None
         self._asked = time.monotonic()
         self._retiring: asyncio.Task[None] | None = None
+        self._telling: asyncio.Task[None] | None = None
 
     async def endpoint(self) -> Endpoint | FuguError:
         """Where to call, once every worker of the group is ready. A start that failed is tried again when asked."""
@@ -96,8 +98,16 @@ class ProviderActor:
                 journal=self._journal(spec),
                 reconstructed=self._reconstructed,
             )
+        if self._telling is None:
+            self._telling = asyncio.create_task(self._tell_gauges())
         self._server = LinkServer(dict(self._runtimes), self._telemetry)
         return await self._server.start(ray.util.get_node_ip_address())
+
+    async def _tell_gauges(self) -> None:
+        gauges = WorkerGauges(self._shard)
+        while True:
+            gauges.tell(runtime.status() for runtime in self._runtimes.values())
+            await asyncio.sleep(EVERY_SECONDS)
 
     def _journal(self, spec: WorkerSpec) -> Journal | None:
         if spec.limits.requests_per_minute is None and spec.limits.tokens_per_minute is None:

@@ -2,13 +2,16 @@
 
 fugu_requests_total{path, model, outcome}      outcome is ok, cancelled or an error's code
 fugu_request_seconds{path, model}              from the request's head to the answer's end
-fugu_first_byte_seconds{model, worker}         to the answer's first byte
+fugu_first_byte_seconds{model, worker}         to the answer's first byte: of a stream, to the first piece of its text
 fugu_decision_seconds{source}                  the router's part of it
 fugu_queued_seconds{worker}                    waiting for the worker's limits
 fugu_answers_total{model, worker, source}      who answered, and how that was decided
 fugu_failures_total{worker, code}              attempts that failed; circuit_open is the breaker's
+fugu_fallbacks_total{model, worker}            attempts that failed where others answered in their place
 fugu_tokens_total{model, kind}                 kind is input, cached, output or reasoning
 fugu_cost_usd_total{model}                     of the calls whose price is known
+
+How each worker is, its provider actors tell: `actors.gauges`.
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ class RayMeter:
         self._queued = Histogram("fugu_queued_seconds", "Seconds of waiting for limits", _LONG, ("worker",))
         self._answers = Counter("fugu_answers", "Answers by worker", ("model", "worker", "source"))
         self._failures = Counter("fugu_failures", "Failed attempts", ("worker", "code"))
+        self._fallbacks = Counter("fugu_fallbacks", "Failed attempts that others stood in for", ("model", "worker"))
         self._tokens = Counter("fugu_tokens", "Tokens", ("model", "kind"))
         self._cost = Counter("fugu_cost_usd", "USD", ("model",))
 
@@ -62,9 +66,11 @@ class RayMeter:
         for attempt in trace.record.attempts:
             if attempt.error is not None:
                 self._failures.inc(1, {"worker": attempt.worker, "code": attempt.error.code})
+                if trace.ended is not None:
+                    self._fallbacks.inc(1, {"model": model, "worker": attempt.worker})
         if worker is not None:
             self._answers.inc(1, {"model": model, "worker": worker, "source": choice.source if choice else ""})
-            first = trace.first_byte()
+            first = trace.seen_first(now)
             if first is not None:
                 self._first.observe(first, {"model": model, "worker": worker})
         if trace.ended is not None:

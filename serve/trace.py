@@ -89,6 +89,15 @@ class Trace:
             body["error"] = error.envelope()["error"]
         return body
 
+    def seen_first(self, now: float) -> float | None:
+        """When the caller saw the first of the answer: a stream's first piece; of a session or a workflow that was not
+        streamed its end."""
+        if self.first_piece_s is not None:
+            return self.first_piece_s
+        if self.turns is None and self.workflow is None:
+            return self.first_byte()
+        return None if self.ended is None else now - self.started
+
     def first_byte(self) -> float | None:
         """Since the request began: decision, failed attempts, and the answering worker's own first byte."""
         last = self.record.attempts[-1] if self.record.attempts else None

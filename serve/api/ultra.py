@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +16,7 @@ from orchestrator.budget import Account
 from orchestrator.conducted import Conducted, ConductEvent, Stepped
 from orchestrator.conductor import Pool, conduct
 from orchestrator.dispatch import Attempt, rank
+from orchestrator.events import Events
 from orchestrator.memory import Resumed
 from orchestrator.run import Run, StepChunk
 from serve.api import ultra_view
@@ -132,11 +133,11 @@ class _Answering:
         Raises:
             FuguError: there is no answer.
         """
-        queue: asyncio.Queue[ConductEvent | None] = asyncio.Queue()
-        task = asyncio.create_task(self._conduct(queue.put_nowait))
-        task.add_done_callback(lambda _: queue.put_nowait(None))
+        told: Events[ConductEvent] = Events()
+        task = asyncio.create_task(self._conduct(told))
+        task.add_done_callback(lambda _: told.close())
         try:
-            while (event := await queue.get()) is not None:
+            while (event := await told.read()) is not None:
                 if self.first_piece is None and _piece(event) is not None:
                     self.first_piece = time.perf_counter()
                 yield event
@@ -147,7 +148,7 @@ class _Answering:
                 await task
             self._note()
 
-    async def _conduct(self, on_event: Callable[[ConductEvent], None]) -> None:
+    async def _conduct(self, told: Events[ConductEvent]) -> None:
         knobs = self.job.wishes.knobs
         seed = self.request.seed if self.request.seed is not None else self.job.wishes.seed
         await conduct(
@@ -157,7 +158,8 @@ class _Answering:
             self.ranking,
             self.conducting.settings(knobs),
             budget=Account(self.conducting.budget(knobs), price=self.conducting.price),
-            on_event=on_event,
+            on_event=told.put,
+            room=told.room,
             stream_last=self.job.stream,
             may_pause=True,
             resumed=self.resumed,
@@ -190,6 +192,8 @@ class _Answering:
     def _note(self) -> None:
         """Put into the trace what happened, whether it came to an answer or not."""
         self.job.trace.workflow = ultra_view.told(self.conducted)
+        if self.conducted.answer is not None and self.conducted.paused is None:
+            self.job.trace.record.worker = self.conducted.answer.worker
         for each in self.conducted.rounds:
             if each.run is not None:
                 self.job.trace.record.attempts += _attempts(each.run)

@@ -10,7 +10,9 @@ import httpx
 import pytest
 
 from actors.errors import WorkerUnavailableError
+from actors.gauges import WorkerGauges
 from actors.messages import Usage
+from actors.status import WorkerStatus
 from orchestrator.dispatch import Attempt, Record
 from serve.metrics import RayMeter
 from serve.trace import Choice, Spent, Trace
@@ -53,6 +55,27 @@ async def test_every_request_is_noted_once_with_its_outcome() -> None:
         assert [attempt.error is None for attempt in trace.record.attempts] == [False, True]
 
 
+async def test_what_is_refused_at_the_door_is_noted() -> None:
+    app, noted = metered(Scripted("a", "yes"))
+    app._limit = 0
+    assert (await post(app)).status_code == 503
+    assert [(path, model, outcome) for path, model, outcome, _ in noted.seen] == [
+        ("/v1/chat/completions", "", "overloaded")
+    ]
+
+
+async def test_a_streams_first_piece_is_when_the_caller_sees_it() -> None:
+    app, noted = metered(Scripted("a", "yes ", "indeed"))
+    await post(app, stream=True)
+    await post(app)
+    streamed, whole = (trace for _, _, _, trace in noted.seen)
+    assert streamed.seen_first(1e9) == streamed.first_piece_s is not None
+    assert whole.first_piece_s is None
+    assert whole.seen_first(1e9) == whole.first_byte()
+    whole.turns = []
+    assert whole.seen_first(whole.started + 3.5) == pytest.approx(3.5), "a session's answer comes whole"
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
 def test_rays_endpoint_tells_it() -> None:
@@ -65,11 +88,16 @@ def test_rays_endpoint_tells_it() -> None:
     meter = RayMeter()
     for _ in range(3):
         meter.request("/v1/messages", "fugu", "ok", trace, 1.0)
+    WorkerGauges(0).tell([WorkerStatus("w", "openai", "m", state="open", running=4, waiting=7)])
     port = ray.nodes()[0]["MetricsExportPort"]
     expected = {
         "ray_fugu_requests_total": 3,
         "ray_fugu_answers_total": 3,
         "ray_fugu_failures_total": 3,
+        "ray_fugu_fallbacks_total": 3,
+        "ray_fugu_worker_state": 2,
+        "ray_fugu_worker_running": 4,
+        "ray_fugu_worker_waiting": 7,
         "ray_fugu_cost_usd_total": 1.5,
         "ray_fugu_request_seconds_count": 3,  # Ray tells sums by the middle of buckets
         "ray_fugu_first_byte_seconds_count": 3,
@@ -87,10 +115,11 @@ def test_the_dashboard_shows_metrics_that_there_are() -> None:
     import json
     import re
 
+    from actors import gauges
     from serve import metrics
 
     dashboard = json.loads((Path(__file__).resolve().parents[2] / "cluster" / "grafana.json").read_text())
-    told = set(re.findall(r"fugu_[a-z_]+", metrics.__doc__ or ""))
+    told = set(re.findall(r"fugu_[a-z_]+", f"{metrics.__doc__} {gauges.__doc__}"))
     shown = {
         name
         for panel in dashboard["panels"]
