@@ -23,6 +23,7 @@ from serve.conductor import conducting
 from serve.gateway import Gateway
 from serve.router import OrderDecider
 from serve.store import SqliteStore
+from tests.clients.tape import Tape
 from tests.loopback import LoopbackProvider
 
 KEY = "clients-test-key-5b1d"
@@ -68,10 +69,10 @@ class ClientServer:
         workers = {spec.name: _Worker(spec) for spec in config.active}
         ultra = conducting(config, workers), SqliteStore(state_dir() / "workflows.sqlite")
         decider = OrderDecider(WORKERS)
-        self.app = Gateway(config, list(workers.values()), decider, Readiness({}), ultra=ultra)
+        self.tape = Tape(Gateway(config, list(workers.values()), decider, Readiness({}), ultra=ultra))
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        self._server = uvicorn.Server(uvicorn.Config(self.app, log_level="warning", lifespan="off"))
+        self._server = uvicorn.Server(uvicorn.Config(self.tape, log_level="warning", lifespan="off"))
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True)
 
     def __enter__(self) -> ClientServer:

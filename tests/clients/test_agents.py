@@ -1,13 +1,17 @@
 """Codex, Claude Code and OpenCode, as their makers ship them, mend a repository through the running server.
 
 `make test-clients` installs them with npm into `build/clients`; `FUGU_CLIENTS` names another folder with
-`node_modules` in it. Where one is missing its test is skipped and says so.
+`node_modules` in it. Where one is missing its test is skipped and says so. What each said to the server when it was
+last recorded (with `FUGU_RECORD=1`) lies in `recorded/` and is said again in every run: same requests in order, same
+events, same end.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import socket
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,12 +24,14 @@ from actors.messages import ToolCall
 from orchestrator.workflow import Step, Workflow, render_workflow
 from tests.clients import coding
 from tests.clients.server import KEY, WORKERS, ClientServer
+from tests.clients.tape import load, replay, save
 from tests.loopback import Behaviour, LoopbackProvider, Recorded
 
 pytestmark = pytest.mark.timeout(240)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLIENTS = Path(os.environ.get("FUGU_CLIENTS", REPOSITORY / "build" / "clients")) / "node_modules" / ".bin"
+RECORDED = Path(__file__).resolve().parent / "recorded"
 SECONDS = 180.0
 
 
@@ -153,7 +159,8 @@ def test_an_agent_mends_a_repository(
 ) -> None:
     agent = AGENTS[name]
     if not (CLIENTS / agent.program).exists():
-        pytest.skip(f"{name} is not in {CLIENTS}: `make test-clients` installs it")
+        pytest.skip(f"{name} is not installed (`make test-clients` does it): only its recorded conversation is tried")
+    server.tape.exchanges.clear()
     provider.chooses = playing(agent.calls(repository))
     home = tmp_path_factory.mktemp("home")
     subprocess.run(["git", "init", "-q"], cwd=repository, check=True)
@@ -171,6 +178,42 @@ def test_an_agent_mends_a_repository(
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert coding.ANSWER in done.stdout
     assert coding.is_mended(repository)
+    check_turns(provider, model)
+    if os.environ.get("FUGU_RECORD"):
+        places = {str(repository): "repository", str(home): "home", server.url: "url", KEY: "key"}
+        places |= {str(CLIENTS.parents[1]): "clients", socket.gethostname(): "host"}
+        kept = (coding.QUESTION, coding.ANSWER)
+        save(RECORDED / f"{name}-{model}.json", list(server.tape.exchanges), places, kept)
+
+
+@pytest.mark.parametrize("model", ["fugu", "fugu-ultra"])
+@pytest.mark.parametrize("name", AGENTS)
+def test_what_an_agent_said_once_is_answered_as_then(
+    server: ClientServer, provider: LoopbackProvider, repository: Path, name: str, model: str
+) -> None:
+    provider.chooses = playing(AGENTS[name].calls(repository))
+    places = {"repository": str(repository), "home": str(repository), "url": server.url, "key": KEY}
+    entries = load(RECORDED / f"{name}-{model}.json", {**places, "clients": str(CLIENTS), "host": "localhost"})
+    answers = replay(entries, server.url, KEY)
+    for entry, (recorded, heard) in zip(entries, answers, strict=True):
+        where = f"{entry['method']} {entry['path']}"
+        assert heard.status == recorded["status"], where
+        assert list(heard.kinds) == recorded["kinds"], where
+        assert len(heard.calls) == len(recorded["calls"]), where
+    assert any(coding.ANSWER in heard.text for _, heard in answers), "it ends with the answer"
+    check_turns(provider, model)
+
+
+def test_recordings_are_nobodys() -> None:
+    for path in RECORDED.iterdir():
+        text = path.read_text()
+        assert KEY not in text, path
+        assert not re.search(r"/(home|root|tmp|work|Users)/", text), path
+        assert len(text) < 100_000, path
+
+
+def check_turns(provider: LoopbackProvider, model: str) -> None:
+    """What the worker that mends was asked: three turns with tools, its own calls in them, then the answer."""
     turns = [each for each in provider.requests if each.body.get("tools") and each.dialect == "openai"]
     assert [results_in(request) for request in turns] == [0, 2, 3, 4], "three turns with tools, then the answer"
     last = json.dumps(turns[-1].body)
