@@ -271,3 +271,16 @@ def replay(files: list[bytes], now: float, span: float) -> list[tuple[float, int
                 return None
     ages = ((0.0 if stamp is None else max(0.0, now - stamp), r, t) for stamp, r, t in calls.values())
     return [(age, requests, tokens) for age, requests, tokens in ages if age < span and (requests or tokens)]
+
+
+def unsettled(files: list[bytes]) -> set[int]:
+    """The calls that the files, older first, tell of and that have not ended."""
+    calls: set[int] = set()
+    for content in files:
+        for offset in range(_SIZE, len(content) - _SIZE + 1, _SIZE):
+            key, _, _, _, kind = _RECORD.unpack_from(content, offset)
+            if kind == _GRANTED:
+                calls.add(key)
+            elif kind == _SETTLED:
+                calls.discard(key)
+    return calls

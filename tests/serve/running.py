@@ -20,10 +20,19 @@ START_SECONDS = 120.0
 
 
 class RunningServer:
-    """Starts on entering, stops on leaving (SIGTERM, then force). `config` goes to `folder`, with a free port."""
+    """Starts on entering, within `patience` seconds, stops on leaving (SIGTERM, then force). `config` goes to `folder`,
+    with a free port."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], *options: str, environ: dict[str, str] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        *options: str,
+        environ: dict[str, str] | None = None,
+        patience: float = START_SECONDS,
+    ):
         self.folder = folder
+        self._patience = patience
         self.port = free_ports(1)[0]
         self.url = f"http://127.0.0.1:{self.port}"
         self.output = folder / "output.txt"
@@ -43,7 +52,7 @@ class RunningServer:
             self.process = psutil.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, env=self._environ, cwd=REPOSITORY
             )
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + self._patience
         while "Ctrl-C stops it" not in self.text:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.__exit__()
