@@ -1,7 +1,10 @@
-"""An OpenTelemetry collector on the loopback interface: takes OTLP over HTTP (protobuf) and keeps the spans."""
+"""An OpenTelemetry collector on the loopback interface: takes OTLP over HTTP (protobuf) and keeps the spans. As a
+program (`python -m tests.collector`) it prints each request's spans as a tree."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import gzip
 import threading
 import time
@@ -41,7 +44,7 @@ class Seen:
 class Collector:
     """`spans` are those of all exports so far, `headers` those of each export; `status` is what it answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.spans: list[Seen] = []
         self.raw: list[bytes] = []
         self.headers: list[dict[str, str]] = []
@@ -63,7 +66,7 @@ class Collector:
             def log_message(self, *_: object) -> None:
                 return
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> Collector:
@@ -131,3 +134,30 @@ def _value(value: Any) -> Any:
     if kind == "array_value":
         return [_value(each) for each in value.array_value.values]
     return getattr(value, kind)
+
+
+def tree(spans: list[Seen], above: Seen, depth: int = 0) -> str:
+    """A span and its parts, a line each."""
+    told = " ".join(f"{name}={value}" for name, value in above.attributes.items())
+    failed = " FAILED" if above.failed else ""
+    line = f"{'  ' * depth}{above.name}{failed} {(above.ended - above.began) / 1e6:.1f} ms  {told}\n"
+    return line + "".join(tree(spans, part, depth + 1) for part in children(spans, above))
+
+
+def main() -> None:
+    """Print requests as they come, each once its own span is there and a second is over for its parts."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--port", type=int, default=4318)
+    with Collector(parser.parse_args().port) as collector, contextlib.suppress(KeyboardInterrupt):
+        print(f"endpoint: {collector.url}", flush=True)
+        while True:
+            time.sleep(2)
+            spans, now = collector.spans, time.time_ns()
+            for root in [each for each in spans if each.kind == "server" and each.ended < now - 3e9]:
+                if root.name.startswith("POST"):
+                    print(tree(spans, root), flush=True)
+                    collector.spans = [each for each in collector.spans if each.trace != root.trace]
+
+
+if __name__ == "__main__":
+    main()
