@@ -389,7 +389,7 @@ class _Call:
         if around is not None:
             waited = {"fugu.attempt": self.attempts, "fugu.limiter.wait_s": round(runtime.clock() - queued_at, 6)}
             kind: Literal["client", "internal"] = "client" if self._spec.url else "internal"
-            self._span = around.child("attempt", kind, waited | server(self._spec))
+            self._span = around.child("attempt", kind, {**waited, **server(self._spec)})
 
     def _context(self) -> CallContext:
         """What the adapter reports, bound to this attempt: one that has failed may still tell of itself."""
