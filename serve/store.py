@@ -19,6 +19,10 @@ Result = TypeVar("Result")
 
 _BUSY_SECONDS = 10.0
 _PURGE_EVERY = 256
+# SQLite's write-ahead log needs memory that all who have the file open share: machines that mount one storage do not.
+NETWORKED = frozenset(
+    {"9p", "afs", "ceph", "cifs", "fuse.ceph", "fuse.glusterfs", "gpfs", "lustre", "nfs", "nfs4", "smb3"}
+)
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS kept (
     kind TEXT NOT NULL, id TEXT NOT NULL, owner TEXT NOT NULL, value BLOB NOT NULL, expires REAL NOT NULL,
@@ -109,7 +113,21 @@ class Database:
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         connection = sqlite3.connect(self._path, timeout=_BUSY_SECONDS, isolation_level=None)
         self._path.chmod(0o600)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
+        if file_system(self._path) in NETWORKED:
+            connection.execute("PRAGMA journal_mode = DELETE")
+            connection.execute("PRAGMA synchronous = FULL")
+        else:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = NORMAL")
         connection.executescript(self._schema)
         return connection
+
+
+def file_system(path: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
+    """The type of the file system that a file is on, as Linux calls it; "" where that cannot be told."""
+    if not mounts.exists():
+        return ""
+    # Device, mount point (\\040 is a space), type, …
+    rows = [line.split(" ") for line in mounts.read_text().splitlines()]
+    found = {Path(row[1].replace("\\040", " ")): row[2] for row in rows}
+    return next((found[place] for place in (path.resolve(), *path.resolve().parents) if place in found), "")

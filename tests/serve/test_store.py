@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from serve.store import Database, Kept, SqliteStore
+from serve import store as stores
+from serve.store import Database, Kept, SqliteStore, file_system
 
 
 class Clock:
@@ -77,3 +78,28 @@ async def test_a_failed_action_leaves_nothing(path: Path) -> None:
     with pytest.raises(ValueError, match="half"):
         await database.run(half)
     assert await database.run(lambda connection: connection.execute("SELECT count(*) FROM t").fetchone()[0]) == 0
+
+
+def test_the_file_system_is_that_of_the_nearest_mount(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    rows = ["/dev/sda / ext4 rw 0 0", "fs.example:/ /mnt/fugu nfs4 rw,hard 0 0", "tmpfs /mnt/fugu/a\\040b tmpfs rw 0 0"]
+    mounts.write_text("\n".join(rows) + "\n")
+    assert file_system(Path("/mnt/fugu/state/keys.sqlite"), mounts) == "nfs4"
+    assert file_system(Path("/mnt/fugu/a b/keys.sqlite"), mounts) == "tmpfs"
+    assert file_system(Path("/mnt/fugu-other/keys.sqlite"), mounts) == "ext4"
+    assert file_system(Path("/x"), tmp_path / "none") == ""
+
+
+def test_without_a_shared_log_on_storage_that_machines_share(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two connections, as two machines' gateways have: the second was opened while the first goes on writing."""
+    monkeypatch.setattr(stores, "NETWORKED", {file_system(path)})
+    schema = "CREATE TABLE IF NOT EXISTS counted (n INTEGER)"
+    both = Database(path, schema), Database(path, schema)
+    for number in range(20):
+        both[number % 2].run_here(
+            lambda connection, n=number: connection.execute("INSERT INTO counted VALUES (?)", (n,))
+        )
+    for each in both:
+        assert each.run_here(lambda c: c.execute("SELECT count(*) FROM counted").fetchone()) == (20,)
+        assert each.run_here(lambda c: c.execute("PRAGMA journal_mode").fetchone()) == ("delete",)
+    assert not path.with_name(f"{path.name}-wal").exists()
