@@ -1,6 +1,7 @@
 #!/bin/sh
-# What a node does: `setup` (once), `head` or `worker` (start Ray), `run COMMAND…` (in the cluster's environment),
-# `job ARGUMENTS…` (fugu with these, on this Ray), `env` (that environment, for a shell). Ray's launcher calls it.
+# What a node does: `setup` (once), `ray start --head …` or `ray start --address=…` (start Ray, in place of one that
+# runs), `run COMMAND…` (in the cluster's environment), `job ARGUMENTS…` (fugu with these, on this Ray), `env` (that
+# environment, for a shell). Ray's launcher calls it.
 set -eu
 
 code=$(cd "$(dirname "$0")/.." && pwd)
@@ -41,10 +42,16 @@ environment() {
 }
 
 start() {
+    # The dashboard is for the head itself; from elsewhere it is reached through ssh.
+    case " $* " in *" --head "*)
+        set -- "$@" --port=6379 --num-cpus=0 --dashboard-host=127.0.0.1
+        [ -z "${FUGU_REDIS_PASSWORD:-}" ] || set -- "$@" --redis-password="$FUGU_REDIS_PASSWORD"
+        ;;
+    esac
+    [ -z "${FUGU_RESOURCES:-}" ] || set -- "$@" --resources="$FUGU_RESOURCES"
     ray stop --grace-period 10 > /dev/null
     ulimit -n 65536 2> /dev/null || ulimit -n "$(ulimit -Hn)"
-    [ -z "${FUGU_RESOURCES:-}" ] || set -- "$@" --resources="$FUGU_RESOURCES"
-    exec ray start "$@" --disable-usage-stats
+    exec ray "$@" --disable-usage-stats
 }
 
 case $action in
@@ -59,15 +66,9 @@ case $action in
         cd "$code"
         FUGU_RAY=auto exec fugu "$@"
         ;;
-    head)
+    ray)
         eval "$(environment)"
-        # The dashboard is for the head itself; from elsewhere it is reached through ssh.
-        start --head --port=6379 --num-cpus=0 --dashboard-host=127.0.0.1 \
-            --autoscaling-config="$HOME/ray_bootstrap_config.yaml" "$@"
-        ;;
-    worker)
-        eval "$(environment)"
-        start --address="$RAY_HEAD_IP:6379" "$@"
+        start "$@"
         ;;
     *)
         echo "node.sh: there is no action $action" >&2

@@ -11,8 +11,8 @@ import os
 import shlex
 import shutil
 import socket
-import stat
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,6 +74,8 @@ def settings(config: ServeConfig, folder: Path, ports: Sequence[int]) -> dict[st
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",
         # A proxy that starts on a busy machine is killed after this, and `serve deploy` fails with it; 5 is Ray's own.
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+        # The same for HAProxy itself, which runs with the low priority that Ray gives its actors; 30 is Ray's own.
+        "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "55",
         # Router and local engine share cores: threads that spin at a barrier while another process needs the core
         # made small matrix products several times slower.
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -85,9 +87,8 @@ def settings(config: ServeConfig, folder: Path, ports: Sequence[int]) -> dict[st
     wrapper, error = folder / "haproxy", folder / "error.http"
     head = ("HTTP/1.1 503 Service Unavailable", "Content-Type: application/json", "Retry-After: 1")
     lines = (*head, f"Content-Length: {len(_ERROR_BODY)}", "", _ERROR_BODY)
-    error.write_bytes("\r\n".join(lines).encode())
-    wrapper.write_text(_WRAPPER.format(stats=stats, error=error, binary=binary))
-    wrapper.chmod(wrapper.stat().st_mode | stat.S_IXUSR)
+    _replace(error, "\r\n".join(lines), 0o644)
+    _replace(wrapper, _WRAPPER.format(stats=stats, error=error, binary=binary), 0o755)
     return made | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -108,6 +109,15 @@ def settings(config: ServeConfig, folder: Path, ports: Sequence[int]) -> dict[st
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(config.drain) + 5),
         "RAY_SERVE_HAPROXY_MAXCONN": str(max(4096, 2 * config.max_ongoing_requests)),
     }
+
+
+def _replace(file: Path, content: str, mode: int) -> None:
+    """Whole at every moment: on a node each shell writes it again, also while Serve runs it."""
+    handle, part = tempfile.mkstemp(dir=file.parent)
+    with os.fdopen(handle, "wb") as open_part:
+        open_part.write(content.encode())
+    os.chmod(part, mode)
+    os.replace(part, file)
 
 
 def haproxy_binary() -> str | None:

@@ -16,6 +16,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 CLOUDS = ("aws", "gcp", "azure")
+# Ray's launcher looks for `ray start` and the option, and warns where it finds neither.
+HEAD = "sh ~/fugu/cluster/node.sh ray start --head --autoscaling-config=~/ray_bootstrap_config.yaml"
 ROLES = {
     "gpu-serve": {"serve", "egress"},
     "gpu-train": {"train"},
@@ -75,8 +77,8 @@ def test_rollouts_alone_are_on_spot_instances(cloud: str) -> None:
 @pytest.mark.parametrize("cloud", CLOUDS)
 def test_each_node_starts_through_one_script(cloud: str) -> None:
     config = prepared(for_cloud(cloud))
-    assert config["head_start_ray_commands"] == ["sh ~/fugu/cluster/node.sh head"]
-    assert config["worker_start_ray_commands"] == ["sh ~/fugu/cluster/node.sh worker"]
+    assert config["head_start_ray_commands"] == [HEAD]
+    assert config["worker_start_ray_commands"] == ["sh ~/fugu/cluster/node.sh ray start --address=$RAY_HEAD_IP:6379"]
     installs = [*config["setup_commands"], *config["head_setup_commands"], *config["worker_setup_commands"]]
     assert "sh ~/fugu/cluster/node.sh setup" in installs
     sdk = {"aws": "boto3", "gcp": "google-api-python-client", "azure": "azure-identity"}
@@ -96,7 +98,7 @@ def test_machines_of_your_own() -> None:
     config = prepared((ROOT / "cluster" / "onprem.yaml").read_text())
     assert config["provider"]["type"] == "local"
     assert config["max_workers"] == len(config["provider"]["worker_ips"]) == 2
-    assert config["head_start_ray_commands"] == ["RAY_enable_autoscaler_v2=0 sh ~/fugu/cluster/node.sh head"]
+    assert config["head_start_ray_commands"] == [f"RAY_enable_autoscaler_v2=0 {HEAD}"]
 
 
 @pytest.mark.parametrize("name", ["cluster.yaml", "cluster/onprem.yaml"])
