@@ -10,9 +10,8 @@ conducted request of its own, on the same account. Training asks `conductor_mess
 from __future__ import annotations
 
 import asyncio
-import random
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -27,8 +26,8 @@ from actors.errors import (
     WorkerError,
     WorkerUnavailableError,
 )
-from actors.messages import ChatReply, ChatRequest, Chunk, Message, ToolCallDelta, Usage, Worker
-from orchestrator import access, memory
+from actors.messages import ChatReply, ChatRequest, Chunk, Message, ToolCallDelta, Worker
+from orchestrator import access, memory, pausing
 from orchestrator.budget import Account, Budget, Clock, Resource
 from orchestrator.conducted import Conducted as Conducted
 from orchestrator.conducted import ConductEvent, FellBack, Kept, Planned, PlanRound, Rejected, Stepped, Writing
@@ -38,46 +37,20 @@ from orchestrator.conductor_prompt import PromptStyle as PromptStyle
 from orchestrator.conductor_prompt import Round as Round
 from orchestrator.conductor_prompt import conductor_messages as conductor_messages
 from orchestrator.conductor_prompt import quote
-from orchestrator.executor import ExecutorSettings, execute
+from orchestrator.events import Events, Room, always_room
+from orchestrator.executor import ended, execute
 from orchestrator.memory import Paused, Resumed
-from orchestrator.plan_grammar import CHARACTERS_PER_TOKEN, plan_regex
+from orchestrator.planning import ConductorSettings as ConductorSettings
+from orchestrator.planning import Pool as Pool
+from orchestrator.planning import plan_request, written
 from orchestrator.roles import with_note
-from orchestrator.run import Run, StepChunk, StepEvent, StepResult
+from orchestrator.run import Run, StepChunk, StepEvent
 from orchestrator.workflow import SELF, Step, Workflow, parse_workflow, render_workflow
-
-RETRY_TEMPERATURE = 0.7
-"""A second try at least this warm: at 0 it would be the first one again."""
 
 _BARE = "Answer the question."
 _EARLIER = (
     "An earlier attempt at the whole task came to the following, which was found wanting. Use what is right in it:"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class ConductorSettings:
-    """`max_rounds`: how often it may plan, its result in view (1: once). `max_depth`: how deep a step may be given to
-    the conductor itself (0: not at all). `retries`: further tries at a plan that parses. `structured`: the writer
-    decodes under a grammar (`structured_outputs`, as vLLM names it), so that every plan parses."""
-
-    prompt: PromptSettings = field(default_factory=PromptSettings)
-    max_rounds: int = 1
-    max_depth: int = 0
-    retries: int = 2
-    temperature: float = 0.2
-    max_tokens: int = 1024
-    structured: bool = False
-    executor: ExecutorSettings = field(default_factory=ExecutorSettings)
-
-
-@dataclass(frozen=True, slots=True)
-class Pool:
-    """The workers as a conductor numbers them: `names` is the whole pool, in order; `workers` those that this request
-    may use; `about` a line about a worker, for prompts that show names."""
-
-    names: tuple[str, ...]
-    workers: Mapping[str, Worker]
-    about: Mapping[str, str] = field(default_factory=dict)
 
 
 async def conduct(
@@ -89,6 +62,7 @@ async def conduct(
     *,
     budget: Budget | Account | None = None,
     on_event: Callable[[ConductEvent], None] = lambda _event: None,
+    room: Room = always_room,
     stream_last: bool = False,
     may_pause: bool = False,
     resumed: Resumed | None = None,
@@ -100,8 +74,8 @@ async def conduct(
     `ranking` is the router's: the best single worker first, asked when no plan comes about, and the order in which
     others try a failed step. With `may_pause` every step may call the request's tools; the result then has `paused`,
     and goes on from there with `resumed` once the caller has their results. Without it no step is told of tools.
-    `stream_last`: pieces of the answer come as events, where it is certain that they are the answer's. `conducted` may
-    be given to watch what happens.
+    `stream_last`: pieces of the answer come as events, where it is certain that they are the answer's; after each it
+    waits for `room`. `conducted` may be given to watch what happens.
 
     Raises:
         FuguError: there is no answer at all: the error of the last attempt (BudgetError, DeadlineError,
@@ -116,10 +90,12 @@ async def conduct(
         settings or ConductorSettings(),
         account,
         on_event,
+        room,
         stream_last,
         may_pause,
         Conducted() if conducted is None else conducted,
         clock,
+        memory.new_pause_id(),
     )
     await conducting.through(resumed)
     return conducting.conducted
@@ -127,7 +103,9 @@ async def conduct(
 
 @dataclass(slots=True)
 class _Conducting:
-    """One conducted request under way. `shown`: pieces of an answer have gone out, so no other answer may follow."""
+    """One conducted request under way, or a step of one (`path` leads to it; all that wait for tools in one request do
+    so under one `pause_id`). `nested` are the workflows of its own steps that wait. `shown`: pieces of an answer have
+    gone out, so no other answer may follow."""
 
     request: ChatRequest
     writer: Worker
@@ -136,10 +114,14 @@ class _Conducting:
     settings: ConductorSettings
     account: Account
     on_event: Callable[[ConductEvent], None]
+    room: Room
     stream_last: bool
     may_pause: bool
     conducted: Conducted
     clock: Clock
+    pause_id: str
+    path: tuple[int, ...] = ()
+    nested: dict[int, Paused] = field(default_factory=dict)
     said: list[Round] = field(default_factory=list)
     shown: bool = False
 
@@ -153,7 +135,7 @@ class _Conducting:
             this = PlanRound(number)
             self.conducted.rounds.append(this)
             if resumed is not None:
-                this.workflow, this.bare, this.resumed = _continued(resumed.paused), resumed.paused.bare, True
+                this.workflow, this.bare, this.resumed = pausing.continued(resumed.paused), resumed.paused.bare, True
             else:
                 await self._plan(this)
             if this.workflow is None:  # kept, or nothing was written but there is an answer already
@@ -196,7 +178,7 @@ class _Conducting:
                         span.set(
                             {"fugu.plan.round": this.number + 1, "fugu.plan.depth": depth, "fugu.plan.try": attempt + 1}
                         )
-                    reply, seconds = await self._write(self._asked(this, mistakes[-1:], attempt))
+                    reply, seconds = await self._write(this, mistakes[-1:], attempt)
                     workflow = self._read(reply)
                     if span is not None:
                         span.set({"fugu.plan.steps": len(workflow.steps), "fugu.plan.topology": workflow.topology})
@@ -233,65 +215,18 @@ class _Conducting:
             allow_empty=bool(self.said),
         )
 
-    def _asked(self, this: PlanRound, mistakes: Sequence[Mistake], attempt: int) -> ChatRequest:
-        """What the writer is asked. A compact conductor never saw a mistake in its training: it only tries again."""
-        settings = self.settings
-        prompt = replace(settings.prompt, allow_self=self._may_recurse)
-        told = mistakes if prompt.style == "paper" else ()
-        number = this.number * (settings.retries + 1) + attempt
-        seed = self.request.seed
-        messages = conductor_messages(
-            self.request.messages,
-            self.pool.names,
-            prompt,
-            allowed=self.pool.workers.keys(),
-            about=self.pool.about,
-            tools=[tool.name for tool in self.request.tools],
-            said=[*self.said, *told],
+    async def _write(self, this: PlanRound, mistakes: Sequence[Mistake], attempt: int) -> tuple[ChatReply, float]:
+        asked = plan_request(
+            self.request,
+            self.pool,
+            self.settings,
+            self.said,
+            mistakes,
+            allow_self=self._may_recurse,
+            round=this.number,
+            attempt=attempt,
         )
-        extra = {}
-        if settings.structured:
-            grammar = plan_regex(
-                self.pool.names,
-                allowed=self.pool.workers.keys(),
-                max_steps=prompt.max_steps,
-                allow_self=prompt.allow_self,
-                allow_empty=bool(self.said),
-                thought=prompt.style == "paper",
-                characters=CHARACTERS_PER_TOKEN * settings.max_tokens,
-            )
-            extra = {"structured_outputs": {"regex": grammar}}
-        return ChatRequest(
-            messages,
-            max_tokens=settings.max_tokens,
-            temperature=max(settings.temperature, RETRY_TEMPERATURE) if attempt else settings.temperature,
-            seed=seed if seed is None or not number else random.Random(f"{seed}/plan/{number}").getrandbits(31),
-            sample_index=self.request.sample_index + attempt,
-            extra=extra,
-        )
-
-    async def _write(self, asked: ChatRequest) -> tuple[ChatReply, float]:
-        """What the writer wrote, and the seconds that it took.
-
-        Raises:
-            FuguError: it could not answer, or the budget leaves too little.
-        """
-        grant = self.account.admit(self.writer.name, asked, shares=2)  # a plan is worth nothing without a step
-        began = self.clock()
-        reply: ChatReply | None = None
-        failure: BaseException | None = None
-        try:
-            async with asyncio.timeout(self.account.seconds_left):
-                reply = await self.writer.complete(grant.request)
-        except TimeoutError as error:
-            failure = error
-            raise DeadlineError("the request's time was over before a workflow was written") from None
-        except BaseException as error:
-            failure = error
-            raise
-        finally:
-            self.account.settle(grant, reply, failure)
-        return reply, self.clock() - began
+        return await written(self.writer, asked, self.account, self.clock)
 
     @property
     def _may_recurse(self) -> bool:
@@ -322,9 +257,11 @@ class _Conducting:
     async def _run(self, this: PlanRound, resumed: Resumed | None) -> Run:
         workflow = this.workflow
         assert workflow is not None
-        workers: dict[str, Worker] = dict(self.pool.workers)
-        if self._may_recurse:
-            workers[SELF] = _Nested(self, this)
+        self.nested.clear()
+
+        def itself(index: int) -> Worker:
+            return _Nested(self, this, index, None if resumed is None else resumed.nested.get(index))
+
         certain = this.bare or this.number + 1 >= self.settings.max_rounds
 
         def tell(event: StepEvent) -> None:
@@ -338,13 +275,16 @@ class _Conducting:
         this.run = await execute(
             self.request,
             workflow,
-            workers,
+            self.pool.workers,
+            # What may name itself is settled when a plan is read; one that waits has been.
+            itself=itself,
             ranking=self.ranking,
             settings=self.settings.executor,
             budget=self.account,
             on_event=tell,
+            room=self.room,
             stream_last=self.stream_last and certain,
-            done={} if resumed is None else _finished(resumed.paused),
+            done={} if resumed is None else pausing.finished(resumed.paused),
             prepare=prepare,
             clock=self.clock,
         )
@@ -360,7 +300,7 @@ class _Conducting:
             # The first step, and those that read ["all"] (Conductor §3.2).
             earlier = access.escape(quote("earlier_answer", self.said[-1].result))
             messages = with_note(messages, f"{_EARLIER}\n{earlier}", system=None)
-        if self.request.tools and this.workflow.steps[index].worker != SELF:
+        if self.request.tools:
             # That a tool must be called binds who answers; that none may, everybody.
             choice = self.request.tool_choice
             binds = index == len(this.workflow.steps) - 1 or (choice is not None and choice.mode == "none")
@@ -373,30 +313,17 @@ class _Conducting:
         return request.with_(messages=(*messages, *history))
 
     def _pause(self, this: PlanRound, run: Run, resumed: Resumed | None) -> None:
-        assert this.workflow is not None
-        id = memory.new_pause_id()
-        before = {} if resumed is None else {each.step: each.said for each in resumed.paused.waiting}
-        waiting, outputs = [], {}
-        for result in run.steps:
-            if result.reply is not None and result.reply.tool_calls:
-                waiting.append(memory.waiting_for(id, result.index, result.reply, before.get(result.index, ())))
-            elif result.reply is not None:
-                outputs[result.index] = memory.Output(result.worker or result.step.worker, result.reply.text)
-            elif result.skipped == "failed":
-                outputs[result.index] = memory.Output(result.step.worker, None)
-        earlier = () if resumed is None else (*resumed.paused.earlier, resumed.paused.id)
-        paused = Paused(id, this.workflow, tuple(waiting), outputs, this.bare, tuple(self.said), earlier)
-        self.conducted.paused = paused
-        asking = [step.reply for step in run.steps if step.reply is not None and step.reply.tool_calls]
-        last = run.steps[-1].reply
-        self.conducted.answer = ChatReply(
-            worker=" and ".join(dict.fromkeys(reply.worker for reply in asking)),
-            # What an inner agent says beside its calls is not for the caller.
-            text="" if last is None else last.text,
-            tool_calls=paused.open_calls,
-            finish_reason="tool_calls",
-            usage=sum((reply.usage for reply in asking), Usage()),
+        paused = pausing.pause(
+            run,
+            self.pause_id,
+            self.path,
+            bare=this.bare,
+            rounds=self.said,
+            nested=self.nested,
+            resumed=resumed,
         )
+        self.conducted.paused = paused
+        self.conducted.answer = pausing.asking(run, paused)
 
 
 def _resource(error: BudgetError | DeadlineError) -> Resource:
@@ -405,58 +332,80 @@ def _resource(error: BudgetError | DeadlineError) -> Resource:
     return cast(Resource, (error.param or "").removeprefix("budget."))
 
 
-def _continued(paused: Paused) -> Workflow:
-    """The paused workflow, its waiting steps in the hands of those who asked for the tools."""
-    asked = {waiting.step: waiting.worker for waiting in paused.waiting}
-    steps = [replace(step, worker=asked.get(i, step.worker)) for i, step in enumerate(paused.workflow.steps)]
-    return Workflow(tuple(steps))
-
-
-def _finished(paused: Paused) -> dict[int, StepResult]:
-    """What was done before the pause, at no cost to this request."""
-    results = {}
-    for index, output in paused.outputs.items():
-        step = paused.workflow.steps[index]
-        if output.text is None:
-            results[index] = StepResult(index, step, skipped="failed")
-        else:
-            reply = ChatReply(output.worker, output.text, attempts=0, cost_usd=0.0, cached=True)
-            results[index] = StepResult(index, step, output.worker, reply)
-    return results
-
-
 @dataclass(slots=True)
 class _Nested:
-    """The conductor as a worker of its own workflow."""
+    """The conductor as the worker of a step of its own workflow. Its tools are the caller's, as every step's are: where
+    its workflow waits for one, so does the step."""
 
     parent: _Conducting
     round: PlanRound
+    step: int
+    resumed: Resumed | None
 
     @property
     def name(self) -> str:
         return SELF
 
     async def complete(self, request: ChatRequest) -> ChatReply:
+        return await self._answer(request, self.parent.on_event, always_room, stream=False)
+
+    async def stream(self, request: ChatRequest) -> AsyncGenerator[Chunk, None]:
+        """The pieces of its own last step, as they come."""
+        pieces: Events[Chunk] = Events()
+        depth = self.parent.conducted.depth + 1
+
+        def tell(event: ConductEvent) -> None:
+            if isinstance(event, Stepped) and isinstance(event.event, StepChunk) and event.depth == depth:
+                # Its calls go out at the end, under ids of ours.
+                pieces.put(replace(event.event.chunk, tool_calls=(), final=None))
+            else:
+                self.parent.on_event(event)
+
+        answering = asyncio.create_task(self._answer(request, tell, pieces.room, stream=True))
+        answering.add_done_callback(lambda _: pieces.close())
+        streamed = ""
+        try:
+            while (piece := await pieces.read()) is not None:
+                streamed += piece.text
+                yield piece
+            reply = answering.result()
+        finally:
+            await ended([answering])
+        calls = tuple(ToolCallDelta(i, call.id, call.name, call.arguments) for i, call in enumerate(reply.tool_calls))
+        yield Chunk(reply.text.removeprefix(streamed), "" if streamed else reply.reasoning, calls)
+        yield Chunk(final=reply)
+
+    async def _answer(
+        self, request: ChatRequest, tell: Callable[[ConductEvent], None], room: Room, *, stream: bool
+    ) -> ChatReply:
         parent = self.parent
         nested = Conducted(parent.conducted.depth + 1)
         self.round.nested.append(nested)
         messages = tuple(each for each in request.messages if each != Message("system", access.SYSTEM))
         began = parent.clock()
+        conducting = _Conducting(
+            request.with_(messages=messages),
+            parent.writer,
+            parent.pool,
+            parent.ranking,
+            replace(parent.settings, max_rounds=1),
+            parent.account,
+            tell,
+            room,
+            stream,
+            parent.may_pause,
+            nested,
+            parent.clock,
+            parent.pause_id,
+            (*parent.path, self.step),
+        )
         try:
-            await conduct(
-                request.with_(messages=messages),
-                parent.writer,
-                parent.pool,
-                parent.ranking,
-                replace(parent.settings, max_rounds=1),
-                budget=parent.account,
-                on_event=parent.on_event,
-                conducted=nested,
-                clock=parent.clock,
-            )
+            await conducting.through(None if self.resumed is None else replace(self.resumed, base=messages))
         except AllWorkersFailedError as error:
             raise WorkerUnavailableError(f"its workflow came to nothing: {error.message}", worker=SELF) from None
         assert nested.answer is not None
+        if nested.paused is not None:
+            parent.nested[self.step] = nested.paused
         return replace(
             nested.answer,
             worker=SELF,
@@ -465,9 +414,3 @@ class _Nested:
             attempts=nested.calls,
             timing=replace(nested.answer.timing, total_s=parent.clock() - began),
         )
-
-    async def stream(self, request: ChatRequest) -> AsyncIterator[Chunk]:
-        reply = await self.complete(request)
-        calls = tuple(ToolCallDelta(i, call.id, call.name, call.arguments) for i, call in enumerate(reply.tool_calls))
-        yield Chunk(reply.text, reply.reasoning, calls)
-        yield Chunk(final=reply)

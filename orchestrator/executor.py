@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from actors import spans
 from actors.errors import AllWorkersFailedError, BudgetError, DeadlineError, FuguError, WorkerUnavailableError
@@ -22,6 +22,7 @@ from orchestrator import dispatch
 from orchestrator.access import StepStyle
 from orchestrator.access import step_messages as step_messages
 from orchestrator.budget import Account, Budget, Clock, Grant, Resource
+from orchestrator.events import Events, Room, always_room
 from orchestrator.run import Run as Run
 from orchestrator.run import RunEnded as RunEnded
 from orchestrator.run import Skipped as Skipped
@@ -53,10 +54,12 @@ async def execute(
     workflow: Workflow,
     workers: Mapping[str, Worker],
     *,
+    itself: Callable[[int], Worker] | None = None,
     ranking: Sequence[str] = (),
     settings: ExecutorSettings = ExecutorSettings(),
     budget: Budget | Account | None = None,
     on_event: Callable[[StepEvent], None] = lambda _event: None,
+    room: Room = always_room,
     stream_last: bool = False,
     done: Mapping[int, StepResult] | None = None,
     prepare: Prepare = lambda _index, request: request,
@@ -66,10 +69,11 @@ async def execute(
 
     A step gets the request's sampling settings; its tools, response format and stop sequences belong to the answer and
     so to the last step, unless `prepare` says otherwise. A step that no other reads on the way to the answer is not
-    run. A step whose worker fails goes to the next of `ranking`. `workers` may hold the Conductor itself under
-    `workflow.SELF`; it counts what it spends in the same `Account`. `done` are results of an earlier run of the same
-    workflow, which are taken as they are. `on_event` is called in the order in which things happen; with `stream_last`
-    also for each piece of the last step's answer, and from its first piece on that step is not tried again.
+    run. A step whose worker fails goes to the next of `ranking`. `itself` makes the Conductor the worker of a step that
+    its plan gives to itself (`workflow.SELF`); it counts what it spends in the same `Account`. `done` are results of an
+    earlier run of the same workflow, which are taken as they are. `on_event` is called in the order in which things
+    happen; with `stream_last` also for each piece of the last step's answer, and from its first piece on that step is
+    not tried again; after each piece the step waits for `room`.
 
     Returns a `Run` in every case but cancellation and a fault of this program; `Run.answered` raises the typed error of
     a run without an answer. An empty workflow has no steps and no answer.
@@ -79,10 +83,12 @@ async def execute(
         request,
         workflow,
         workers,
+        itself,
         ranking,
         settings,
         account,
         on_event,
+        room,
         stream_last,
         prepare,
         clock,
@@ -105,8 +111,8 @@ async def stream(
     clock: Clock = time.monotonic,
 ) -> AsyncGenerator[StepEvent | RunEnded, None]:
     """`execute` as events, the last step's answer piece by piece, ending with `RunEnded`. Closing the generator cancels
-    every call in flight."""
-    events: asyncio.Queue[StepEvent | None] = asyncio.Queue()
+    every call in flight. Who reads slowly slows the answer down."""
+    events: Events[StepEvent] = Events()
     task = asyncio.create_task(
         execute(
             request,
@@ -115,20 +121,21 @@ async def stream(
             ranking=ranking,
             settings=settings,
             budget=budget,
-            on_event=events.put_nowait,
+            on_event=events.put,
+            room=events.room,
             stream_last=True,
             done=done,
             prepare=prepare,
             clock=clock,
         )
     )
-    task.add_done_callback(lambda _task: events.put_nowait(None))
+    task.add_done_callback(lambda _task: events.close())
     try:
-        while (event := await events.get()) is not None:
+        while (event := await events.read()) is not None:
             yield event
         yield RunEnded(task.result())
     finally:
-        await _end([task])
+        await ended([task])
 
 
 @dataclass(slots=True)
@@ -150,10 +157,12 @@ class _Running:
     request: ChatRequest
     workflow: Workflow
     workers: Mapping[str, Worker]
+    itself: Callable[[int], Worker] | None
     ranking: Sequence[str]
     settings: ExecutorSettings
     account: Account
     on_event: Callable[[StepEvent], None]
+    room: Room
     stream_last: bool
     prepare: Prepare
     clock: Clock
@@ -190,7 +199,7 @@ class _Running:
                     self._ended(task.result())
                     del running[task]
         finally:
-            await _end(running)
+            await ended(running)
         for task, index in running.items():
             self._ended(self._cut(index) if task.cancelled() or not task.done() else task.result())
         return self._run()
@@ -242,7 +251,7 @@ class _Running:
             return StepResult(index, step, worker, reply, started, self._now(), tuple(failures), skipped)
 
         for attempt, name in enumerate(self._candidates(step.worker), 1):
-            if name not in self.workers:
+            if name not in self.workers and (name != SELF or self.itself is None):
                 failures.append((name, WorkerUnavailableError(f"{name} is not in the pool", worker=name)))
                 continue
             try:
@@ -290,6 +299,9 @@ class _Running:
         others = self.workflow.needed - self.results.keys() - self.admitted
         return self.account.admit(worker, request, shares=1 + len(others))
 
+    def _worker(self, index: int, name: str) -> Worker:
+        return self.itself(index) if name == SELF and self.itself is not None else self.workers[name]
+
     async def _call(self, index: int, asked: _Asked, grant: Grant | None) -> ChatReply:
         """The worker's reply; the account learns what the call took, however it ends."""
         reply: ChatReply | None = None
@@ -298,7 +310,7 @@ class _Running:
             if self.stream_last and index == self.last:
                 reply = await self._streamed(index, asked)
             else:
-                reply = await self.workers[asked.worker].complete(asked.request)
+                reply = await self._worker(index, asked.worker).complete(asked.request)
             return reply
         except BaseException as error:
             failure = error
@@ -308,7 +320,7 @@ class _Running:
                 self.account.settle(grant, reply, failure)
 
     async def _streamed(self, index: int, asked: _Asked) -> ChatReply:
-        worker = self.workers[asked.worker]
+        worker = self._worker(index, asked.worker)
         pieces = dispatch.stream((worker,), asked.request, record=dispatch.Record(), clock=self.clock)
         async with aclosing(pieces):
             try:
@@ -319,6 +331,7 @@ class _Running:
                     self.on_event(StepChunk(index, chunk))
                     if chunk.final is not None:
                         return chunk.final
+                    await self.room()
             except AllWorkersFailedError as error:
                 raise error.failures.get(asked.worker, error) from None
         raise AssertionError("a stream that ends without a final chunk has raised")
@@ -368,7 +381,7 @@ def _waits(result: StepResult) -> bool:
     return result.reply is not None and bool(result.reply.tool_calls)
 
 
-async def _end(tasks: Iterable[asyncio.Task[object]]) -> None:
+async def ended(tasks: Iterable[asyncio.Task[Any]]) -> None:
     """Cancel what still runs and see it end."""
     tasks = list(tasks)
     for task in tasks:

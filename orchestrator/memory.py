@@ -16,7 +16,7 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from actors.errors import PlanError, RequestError, WorkflowGoneError
@@ -26,32 +26,35 @@ from orchestrator.conductor_prompt import Round
 from orchestrator.workflow import Workflow
 
 _VERSION = 1
-_ID = re.compile(r"wf_([a-z2-7]{16})_(\d{1,2})_(\d{1,3})")
+_ID = re.compile(r"wf_([a-z2-7]{16})((?:_\d{1,2}){1,4})_(\d{1,3})", re.ASCII)
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
 _LOST = "(This result is no longer in the conversation.)"
 
 
 @dataclass(frozen=True, slots=True)
 class CallRef:
-    """What a tool call's id says: the pause it belongs to, the step that made it, and its number there."""
+    """What a tool call's id says: the pause it belongs to, the step that made it, and its number there. A step inside
+    one that the conductor gave to itself has the way to it in `path`, from the outermost."""
 
     pause: str
-    step: int
+    path: tuple[int, ...]
     number: int
 
     def __str__(self) -> str:
-        """At most 26 letters, digits and underscores: every provider takes that for an id."""
-        return f"wf_{self.pause}_{self.step}_{self.number}"
+        """At most 35 letters, digits and underscores: every provider takes that for an id."""
+        return f"wf_{self.pause}_{'_'.join(map(str, self.path))}_{self.number}"
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
     """A step that waits for its caller's tools. `said` are its worker's messages in this workflow, oldest first, each
-    with the calls under the ids that the caller knows; those of the last one are open."""
+    with the calls under the ids that the caller knows; those of the last one are open. A step that the conductor gave
+    to itself said nothing: the workflow that it runs waits (`nested`)."""
 
     step: int
     worker: str
-    said: tuple[Message, ...]
+    said: tuple[Message, ...] = ()
+    nested: Paused | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,17 +81,23 @@ class Paused:
     @property
     def open_calls(self) -> tuple[ToolCall, ...]:
         """What the caller is to do, step by step."""
-        return tuple(call for waiting in self.waiting for call in waiting.said[-1].tool_calls)
+        return tuple(
+            call
+            for waiting in self.waiting
+            for call in (waiting.said[-1].tool_calls if waiting.nested is None else waiting.nested.open_calls)
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
     """Where a paused workflow goes on: `base` is the conversation that it answers, `histories[step]` the step's own
-    messages and tool results."""
+    messages and tool results, `nested[step]` where the workflow of that step goes on (its `base` is made when it
+    does)."""
 
     paused: Paused
     base: tuple[Message, ...]
     histories: Mapping[int, tuple[Message, ...]]
+    nested: Mapping[int, Resumed] = field(default_factory=dict)
 
 
 def new_pause_id() -> str:
@@ -96,17 +105,18 @@ def new_pause_id() -> str:
     return "".join(secrets.choice(_ALPHABET) for _ in range(16))
 
 
-def waiting_for(pause: str, step: int, reply: ChatReply, before: Sequence[Message] = ()) -> Waiting:
-    """A step whose worker has just called tools; its calls get ids of ours. `before` is what it said earlier."""
-    calls = tuple(replace(call, id=str(CallRef(pause, step, number))) for number, call in enumerate(reply.tool_calls))
+def waiting_for(pause: str, path: tuple[int, ...], reply: ChatReply, before: Sequence[Message] = ()) -> Waiting:
+    """A step (the last of `path`) whose worker has just called tools; its calls get ids of ours. `before` is what it
+    said earlier."""
+    calls = tuple(replace(call, id=str(CallRef(pause, path, number))) for number, call in enumerate(reply.tool_calls))
     said = Message("assistant", reply.text, tool_calls=calls, thoughts=reply.thoughts)
-    return Waiting(step, reply.worker, (*before, said))
+    return Waiting(path[-1], reply.worker, (*before, said))
 
 
 def call_ref(id: str | None) -> CallRef | None:
     """What an id of ours says; None for one of somebody else's."""
     found = _ID.fullmatch(id or "")
-    return None if found is None else CallRef(found[1], int(found[2]), int(found[3]))
+    return None if found is None else CallRef(found[1], tuple(map(int, found[2][1:].split("_"))), int(found[3]))
 
 
 def awaited(messages: Sequence[Message]) -> str | None:
@@ -143,8 +153,13 @@ def resume(paused: Paused, messages: Sequence[Message]) -> Resumed:
     missing = [call.id for call in paused.open_calls if call.id not in results]
     if missing:
         raise RequestError(f"messages: the tool call {missing[0]} has no result", param="messages")
-    histories = {waiting.step: _history(waiting.said, results) for waiting in paused.waiting}
-    return Resumed(paused, tuple(messages[:begin]), histories)
+    return _resumed(paused, tuple(messages[:begin]), results)
+
+
+def _resumed(paused: Paused, base: tuple[Message, ...], results: Mapping[str | None, Message]) -> Resumed:
+    histories = {each.step: _history(each.said, results) for each in paused.waiting if each.nested is None}
+    nested = {each.step: _resumed(each.nested, (), results) for each in paused.waiting if each.nested is not None}
+    return Resumed(paused, base, histories, nested)
 
 
 def _history(said: Sequence[Message], results: Mapping[str | None, Message]) -> tuple[Message, ...]:
@@ -169,25 +184,26 @@ def _answers(message: Message) -> str | None:
 
 
 def to_text(paused: Paused) -> str:
-    return json.dumps(
-        {
-            "version": _VERSION,
-            "workflow": plans.as_dict(paused.workflow),
-            "waiting": [
-                {
-                    "step": waiting.step,
-                    "worker": waiting.worker,
-                    "said": [_message(message) for message in waiting.said],
-                }
-                for waiting in paused.waiting
-            ],
-            "outputs": {str(step): [output.worker, output.text] for step, output in paused.outputs.items()},
-            "bare": paused.bare,
-            "rounds": [[each.plan, each.result] for each in paused.rounds],
-            "earlier": list(paused.earlier),
-        },
-        ensure_ascii=False,
-    )
+    return json.dumps({"version": _VERSION, **_told(paused)}, ensure_ascii=False)
+
+
+def _told(paused: Paused) -> dict[str, Any]:
+    return {
+        "workflow": plans.as_dict(paused.workflow),
+        "waiting": [
+            {
+                "step": waiting.step,
+                "worker": waiting.worker,
+                "said": [_message(message) for message in waiting.said],
+                **({} if waiting.nested is None else {"nested": _told(waiting.nested)}),
+            }
+            for waiting in paused.waiting
+        ],
+        "outputs": {str(step): [output.worker, output.text] for step, output in paused.outputs.items()},
+        "bare": paused.bare,
+        "rounds": [[each.plan, each.result] for each in paused.rounds],
+        "earlier": list(paused.earlier),
+    }
 
 
 def from_text(id: str, text: str) -> Paused:
@@ -200,19 +216,25 @@ def from_text(id: str, text: str) -> Paused:
         data = json.loads(text)
         if data["version"] != _VERSION:
             raise WorkflowGoneError(_gone(id, "was kept by another version of this server"), param="messages")
-        workflow = plans.from_json(json.dumps(data["workflow"]))
-        steps = range(len(workflow.steps))
-        waiting = tuple(_waiting(each) for each in data["waiting"])
-        outputs = {int(step): Output(str(worker), text) for step, (worker, text) in data["outputs"].items()}
-        rounds = tuple(Round(str(plan), str(result)) for plan, result in data["rounds"])
-        earlier = tuple(str(each) for each in data["earlier"])
-        fits = all(step in steps for step in [*outputs, *(each.step for each in waiting)])
-        fits = fits and all(each.said for each in waiting)
+        return _paused(id, data)
     except (ValueError, KeyError, TypeError, AttributeError, PlanError, RecursionError):
-        fits = False
-    if not fits:
-        raise WorkflowGoneError(_gone(id, "was not kept whole"), param="messages")
-    return Paused(id, workflow, waiting, outputs, bool(data["bare"]), rounds, earlier)
+        raise WorkflowGoneError(_gone(id, "was not kept whole"), param="messages") from None
+
+
+def _paused(id: str, data: Mapping[str, Any]) -> Paused:
+    """Raises:
+    ValueError, or another error of its kind: the parts do not fit together.
+    """
+    workflow = plans.from_json(json.dumps(data["workflow"]))
+    steps = range(len(workflow.steps))
+    waiting = tuple(_waiting(id, each) for each in data["waiting"])
+    outputs = {int(step): Output(str(worker), text) for step, (worker, text) in data["outputs"].items()}
+    rounds = tuple(Round(str(plan), str(result)) for plan, result in data["rounds"])
+    if any(step not in steps for step in [*outputs, *(each.step for each in waiting)]):
+        raise ValueError("a step that the workflow does not have")
+    if any(not each.said and each.nested is None for each in waiting):
+        raise ValueError("a step that waits for nothing")
+    return Paused(id, workflow, waiting, outputs, bool(data["bare"]), rounds, tuple(map(str, data["earlier"])))
 
 
 def gone(id: str) -> WorkflowGoneError:
@@ -235,7 +257,7 @@ def _message(message: Message) -> dict[str, Any]:
     }
 
 
-def _waiting(data: Mapping[str, Any]) -> Waiting:
+def _waiting(id: str, data: Mapping[str, Any]) -> Waiting:
     said = tuple(
         Message(
             "assistant",
@@ -245,4 +267,5 @@ def _waiting(data: Mapping[str, Any]) -> Waiting:
         )
         for each in data["said"]
     )
-    return Waiting(int(data["step"]), str(data["worker"]), said)
+    nested = _paused(id, data["nested"]) if "nested" in data else None
+    return Waiting(int(data["step"]), str(data["worker"]), said, nested)

@@ -275,15 +275,23 @@ async def test_it_can_be_a_worker_of_its_own_plan() -> None:
 
 
 async def test_what_it_answers_itself_is_streamed_too() -> None:
-    conductor = writer(plan((SELF, "everything", ())), CHAIN)
+    # Even two levels down the pieces of the last step come as they are made, each once, as the outermost step's.
+    conductor = writer(plan((SELF, "everything", ())), plan((SELF, "all of that", ())), CHAIN)
     result, events = await conducting(
-        conductor, pool(a="pmal", b="28"), settings=ConductorSettings(max_depth=1), stream_last=True
+        conductor, pool(a="pmal", b="twenty-eight"), settings=ConductorSettings(max_depth=2), stream_last=True
     )
-    pieces = [
-        each.event.chunk.text for each in events if isinstance(each, Stepped) and isinstance(each.event, StepChunk)
-    ]
+    chunks = [each for each in events if isinstance(each, Stepped) and isinstance(each.event, StepChunk)]
+    assert {chunk.depth for chunk in chunks} == {0}
+    assert [text for chunk in chunks if (text := chunk.event.chunk.text)] == ["twe", "nty-eight"]  # type: ignore[union-attr]
     assert result.answer is not None
-    assert "".join(pieces) == result.answer.text == "28"
+    assert result.answer.text == "twenty-eight"
+
+
+async def test_what_breaks_off_inside_is_not_said_twice() -> None:
+    conductor = writer(plan((SELF, "everything", ())), CHAIN)
+    chosen = ConductorSettings(max_depth=1)
+    with pytest.raises(StreamBrokenError):
+        await conducting(conductor, pool(a="28", b="28 BREAK"), settings=chosen, stream_last=True)
 
 
 async def test_a_nested_workflow_that_fails_goes_to_the_next_worker() -> None:
@@ -468,6 +476,42 @@ async def test_tool_results_go_back_to_the_step_that_asked() -> None:
     assert concluding.tool_choice == ToolChoice("required")
     # What was done before a pause is not paid twice.
     assert third.usage == Usage(30, 6)
+
+
+async def test_a_tool_inside_a_step_of_its_own_finds_its_way_back() -> None:
+    outer = plan(("a", "look at the north", ()), (SELF, "judge the south", ()), ("c", "conclude", (0, 1)))
+    inner = plan(("b", "look at the south", ()), ("c", "judge it", (0,)))
+    workers = pool(a=looking("north"), b=looking("south"), c=lambda request: f"c{len(seen(workers, 'c'))}")
+    conductor = writer(outer, inner)
+    first, _ = await conducting(conductor, workers, ASK, may_pause=True, settings=ConductorSettings(max_depth=1))
+    assert first.answer is not None
+    assert first.paused is not None
+    refs = [memory.call_ref(call.id) for call in first.answer.tool_calls]
+    assert [ref and (ref.pause, ref.path) for ref in refs] == [(first.paused.id, (0,)), (first.paused.id, (1, 0))]
+    assert seen(workers, "b")[0].tools == (WEATHER,)
+    assert seen(workers, "c") == []
+    # A caller that goes on does not have to allow it again.
+    request = with_results(ASK, first.answer, {"north": "rain", "south": "sun"})
+    second = await resuming(first.paused, request, workers, conductor)
+    assert second.answer is not None
+    request = with_results(request, second.answer, {"north": "wind", "south": "calm"})
+    with pytest.raises(RequestError, match=second.answer.tool_calls[1].id):
+        memory.resume(stored(second.paused), request.messages[:-1])
+    third = await resuming(second.paused, request, workers, conductor)
+    assert third.paused is None
+    assert third.answer is not None
+    assert third.answer.text == "c2"
+    assert len(conductor.seen) == 2, "nothing is planned again"
+    south = seen(workers, "b")[2].messages
+    assert [message.text for message in south if message.role == "tool"] == ["sun", "calm"]
+    assert not any("north" in message.text + str(message.tool_calls) for message in south)
+    judging, concluding = seen(workers, "c")
+    assert "south: sun calm" in judging.messages[-1].text
+    assert "north: rain wind" in concluding.messages[-1].text
+    assert "c1" in concluding.messages[-1].text
+    assert not any(message.role == "tool" for message in (*judging.messages, *concluding.messages))
+    # Three calls of this request alone: b's last, the inner and the outer end, and a's last.
+    assert third.calls == 4
 
 
 async def test_the_same_results_sent_twice_go_on_from_the_same_place() -> None:

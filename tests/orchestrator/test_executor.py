@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 import pytest
@@ -17,8 +18,9 @@ from actors.errors import (
     StreamBrokenError,
     WorkerRejectedError,
 )
-from actors.messages import ChatReply, ChatRequest, Message, ResponseFormat, ToolSpec, Usage
+from actors.messages import ChatReply, ChatRequest, Chunk, Message, ResponseFormat, ToolSpec, Usage
 from orchestrator.budget import Account, Budget
+from orchestrator.events import MOST_UNREAD
 from orchestrator.executor import (
     ExecutorSettings,
     Run,
@@ -340,6 +342,33 @@ async def test_closing_a_stream_ends_every_call() -> None:
         async for _ in events:
             break
     assert [worker.inside for worker in workers.values()] == [0, 0, 0]
+    assert others() == 0
+
+
+async def test_a_slow_reader_slows_the_answer_down() -> None:
+    made = 0
+    closed = False
+
+    class Endless(Player):
+        async def stream(self, request: ChatRequest) -> AsyncIterator[Chunk]:
+            nonlocal made, closed
+            try:
+                while True:
+                    made += 1
+                    yield Chunk("word ")
+            finally:
+                closed = True
+
+    read = 0
+    async with aclosing(stream(QUERY, plan(("a", ())), pool(Endless("a")))) as events:
+        async for _ in events:
+            read += 1
+            await asyncio.sleep(0.002)
+            assert made <= read + MOST_UNREAD
+            if read == 100:
+                break
+    assert closed
+    assert made >= 100
     assert others() == 0
 
 

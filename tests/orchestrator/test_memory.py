@@ -32,12 +32,12 @@ TEXT = st.text(max_size=30)
 
 
 def calls(pause: str, step: int, *arguments: str) -> tuple[ToolCall, ...]:
-    return tuple(ToolCall(str(CallRef(pause, step, n)), "look", text) for n, text in enumerate(arguments))
+    return tuple(ToolCall(str(CallRef(pause, (step,), n)), "look", text) for n, text in enumerate(arguments))
 
 
-@given(st.integers(0, 4), st.integers(0, 99))
-def test_an_id_names_pause_and_step(step: int, number: int) -> None:
-    ref = CallRef(new_pause_id(), step, number)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=4), st.integers(0, 99))
+def test_an_id_names_pause_and_step(path: list[int], number: int) -> None:
+    ref = CallRef(new_pause_id(), tuple(path), number)
     assert call_ref(str(ref)) == ref
     # What every provider takes for an id, and short enough for each of them with a mark on top.
     assert re.fullmatch(r"[A-Za-z0-9_-]{1,31}", str(ref))
@@ -98,6 +98,8 @@ def test_a_damaged_record_is_gone() -> None:
         {"version": 2},
         {"waiting": [{**data["waiting"][0], "step": 3}]},
         {"waiting": [{**data["waiting"][0], "said": []}]},
+        {"waiting": [{**data["waiting"][0], "nested": {}}]},
+        {"waiting": [{**data["waiting"][0], "nested": {**data, "outputs": {"7": ["a", "x"]}}}]},
         {"outputs": {"7": ["a", "x"]}},
         {"outputs": {"0": "x"}},
         {"workflow": {"steps": [{"worker": "a", "subtask": "x", "access": [0]}]}},
@@ -113,7 +115,9 @@ def test_calls_get_ids_of_ours_and_what_was_said_before_stays() -> None:
     reply = ChatReply(
         "a", "now", tool_calls=(ToolCall("x", "look", "{}"), ToolCall("y", "find", "[]")), thoughts=thoughts
     )
-    waiting = waiting_for(PAUSE, 2, reply, before)
+    waiting = waiting_for(PAUSE, (2,), reply, before)
+    inner = waiting_for(PAUSE, (0, 2), reply)
+    assert (inner.step, inner.said[0].tool_calls[1].id) == (2, f"wf_{PAUSE}_0_2_1")
     assert (waiting.step, waiting.worker, waiting.said[0]) == (2, "a", before[0])
     assert [call.id for call in waiting.said[1].tool_calls] == [f"wf_{PAUSE}_2_0", f"wf_{PAUSE}_2_1"]
     assert [call.arguments for call in waiting.said[1].tool_calls] == ["{}", "[]"]
@@ -129,7 +133,7 @@ def test_what_a_conversation_waits_for() -> None:
     assert awaited([question]) is None
     assert awaited([question, Message("tool", "1", tool_call_id="call_1")]) is None
     with pytest.raises(RequestError, match="several answers"):
-        awaited([question, Message("tool", "1", tool_call_id=str(CallRef(OTHER, 0, 0))), results[0]])
+        awaited([question, Message("tool", "1", tool_call_id=str(CallRef(OTHER, (0,), 0))), results[0]])
 
 
 def test_results_reach_their_steps_however_the_caller_splits_them() -> None:

@@ -264,7 +264,7 @@ async def test_what_a_request_may_choose(tmp_path: Path) -> None:
 
     ultra = Ultra(tmp_path, CHAIN, deadline=30)
     ultra.b.wait = 30
-    trace = (await ultra.ask(fugu={"trace": True, "deadline_s": 0.3})).json()["fugu"]
+    trace = (await ultra.ask(fugu={"trace": True, "deadline_s": 2})).json()["fugu"]
     assert (trace["out_of"], trace["worker"]) == ("seconds", "a")
     assert ultra.b.cancelled == 1
 
@@ -300,6 +300,48 @@ async def test_a_caller_who_leaves_ends_the_calls(tmp_path: Path) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert ultra.b.cancelled == 1
+
+
+async def test_a_caller_who_reads_slowly_slows_the_worker_down_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    ultra = Ultra(tmp_path, CHAIN, b="x" * 30_000)
+    made = 0
+
+    class Counted(Scripted):
+        async def stream(self, request: ChatRequest) -> AsyncIterator[Chunk]:
+            nonlocal made
+            async for chunk in super().stream(request):
+                made += 1
+                yield chunk
+
+    ultra.b.__class__ = Counted
+    body = {"model": "fugu-ultra", "stream": True, "messages": [{"role": "user", "content": "hello"}]}
+    parts = 0
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+
+    async def send(message: Any) -> None:
+        nonlocal parts
+        parts += 1
+        if parts > 20:
+            await asyncio.sleep(30)  # the connection takes no more
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b""}
+    headers = [(b"content-type", b"application/json"), (b"host", b"x")]
+    task = asyncio.create_task(ultra.app({**scope, "headers": headers}, receive, send))
+    for _ in range(400):
+        await asyncio.sleep(0.005)
+        if parts > 20:
+            break
+    await asyncio.sleep(0.2)
+    assert 10 < made < 100, "of ten thousand pieces no more are made than are read, and a few ahead"
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    seen = made
+    await asyncio.sleep(0.05)
+    assert made == seen
+    assert len(asyncio.all_tasks()) == 1
 
 
 # Tools ---------------------------------------------------------------------------------------------------------------
