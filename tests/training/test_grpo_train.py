@@ -92,7 +92,8 @@ def test_reward_rises_and_everything_is_kept(folder: Path, tmp_path: Path) -> No
 
 
 def test_tensorboard_holds_what_happened(folder: Path, tmp_path: Path) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator as accumulator
+
     run(grpo_run(folder, tmp_path), Vowels())
     events = accumulator.EventAccumulator(str(tmp_path / "state" / "tensorboard"))
     events.Reload()
