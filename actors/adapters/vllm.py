@@ -55,6 +55,8 @@ class VllmEngine:
         """
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
+        # vLLM's own five seconds, for which it waits in a thread of its own, end half-second grammars on busy machines.
+        os.environ.setdefault("VLLM_REGEX_COMPILATION_TIMEOUT_S", "30")
         try:
             from vllm import AsyncEngineArgs
             from vllm.lora.request import LoRARequest

@@ -80,14 +80,14 @@ async def test_a_seed_repeats_an_answer(workers: dict[str, VllmAdapter]) -> None
 
 
 async def test_an_adapter_changes_the_answer_of_its_worker_only(workers: dict[str, VllmAdapter]) -> None:
-    # A few tokens: a batch rounds otherwise than a lone request, and later on that can turn a close choice.
-    request = ask(CAPITAL, temperature=0, max_tokens=6)
+    request = ask(CAPITAL, temperature=0, max_tokens=20)
     alone = await workers["plain"].complete(request, CallContext())
     plain, special = await asyncio.gather(
         *(workers[name].complete(request, CallContext()) for name in ("plain", "special"))
     )
-    assert plain.text == alone.text
-    assert special.text != plain.text
+    # Word for word at first; a batch rounds otherwise than a lone request, and later on that can turn a close choice.
+    assert plain.text[:30] == alone.text[:30] == "The capital of France is Paris"
+    assert special.text not in (plain.text, alone.text)
 
 
 async def test_a_stop_string_stays_out(workers: dict[str, VllmAdapter]) -> None:
