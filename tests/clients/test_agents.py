@@ -56,6 +56,7 @@ def codex(url: str, model: str, home: Path, repository: Path) -> tuple[list[str]
         f'base_url = "{url}/v1"\n'
         'env_key = "FUGU_API_KEY"\n'
         'wire_api = "responses"\n'
+        "stream_idle_timeout_ms = 7200000\n"
     )
     options = ["--json", "--dangerously-bypass-approvals-and-sandbox"]
     return ["codex", "exec", *options, coding.QUESTION], {"FUGU_API_KEY": KEY}
