@@ -66,6 +66,7 @@ class CheckpointInfo:
     `workers` names the rows in order. `reads` says what the hidden state is: the concatenation of these reads. `roles`
     says that three more rows follow, for `ROLES`. `max_tokens` is how much of a conversation was read in training
     (None: not said); no more is read in serving. `trained` is free: how the head was made and what it measured.
+    `domains` names the field of the training tasks that each landmark stands for, in order; empty: not said.
     """
 
     workers: tuple[str, ...]
@@ -76,6 +77,7 @@ class CheckpointInfo:
     roles: bool = False
     trained: Mapping[str, Any] = field(default_factory=dict)
     max_tokens: int | None = None
+    domains: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -111,6 +113,14 @@ class Checkpoint:
         """Hidden states `[B, d]` → what the weights multiply, φ(z) `[B, d or m]`, float32, on the same device."""
         standardised = self.standardised(hidden)
         return standardised if self.landmarks is None else self.landmarks.features(standardised)
+
+    def domains(self, hidden: Tensor) -> list[str | None]:
+        """Hidden states `[B, d]` → the domain of the landmark that is nearest to each; None where none is near."""
+        if self.landmarks is None or not self.info.domains:
+            return [None] * len(hidden)
+        nearest, which = self.features(hidden).max(dim=1)
+        near = (nearest >= self.landmarks.near).tolist()
+        return [self.info.domains[at] if there else None for at, there in zip(which.tolist(), near, strict=True)]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states `[B, d]` → logits `[B, L(+3)]`, float32, on the hidden states' device."""
@@ -166,6 +176,8 @@ def save_checkpoint(path: Path | str, checkpoint: Checkpoint) -> None:
         "max_tokens": json.dumps(info.max_tokens),
         "trained": json.dumps(info.trained, sort_keys=True, allow_nan=False),
     }
+    if info.domains:
+        metadata["domains"] = json.dumps(info.domains)
     data = save({name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -285,6 +297,9 @@ def _read_info(metadata: Mapping[str, str], where: str) -> CheckpointInfo:
     limit = parsed("max_tokens", int) if metadata.get("max_tokens", "null") != "null" else None
     if limit is not None and limit < 1:
         raise CheckpointError(f"{where}: metadata max_tokens is {limit}; it must be at least 1")
+    domains = parsed("domains", list) if "domains" in metadata else []
+    if not all(isinstance(name, str) for name in domains):
+        raise CheckpointError(f"{where}: metadata domains must be a list of names")
     return CheckpointInfo(
         workers=tuple(workers),
         backbone=metadata["backbone"],
@@ -294,6 +309,7 @@ def _read_info(metadata: Mapping[str, str], where: str) -> CheckpointInfo:
         roles=parsed("roles", bool),
         trained=parsed("trained", dict),
         max_tokens=limit,
+        domains=tuple(domains),
     )
 
 
@@ -329,6 +345,8 @@ def _check_tensors(checkpoint: Checkpoint, where: str) -> None:
         if fault := landmarks.fault(weight.shape[1]):
             raise CheckpointError(f"{where}: {fault}")
         tensors |= {f"landmarks.{part}": getattr(landmarks, part) for part in _LANDMARKS}
+    if info.domains and len(info.domains) != (landmarks.count if landmarks is not None else 0):
+        raise CheckpointError(f"{where}: metadata domains names {len(info.domains)}, not one per landmark")
     for name, vector in (("head.shift", checkpoint.shift), ("head.scale", checkpoint.scale)):
         if vector is None:
             continue

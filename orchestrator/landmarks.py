@@ -10,11 +10,16 @@ decides there. A linear map of z says just as much there as elsewhere, and it me
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+
+# Directions at least as near as this are taken to be of one kind: in the tens of dimensions that landmarks have, chance
+# hardly ever brings two so near.
+_NEAR_COSINE = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +30,11 @@ class Landmarks:
     basis: Tensor
     centres: Tensor
     gamma: Tensor
+
+    @property
+    def near(self) -> float:
+        """The nearness that a landmark has at `_NEAR_COSINE`, whatever gamma is."""
+        return math.exp(2 * float(self.gamma) * (_NEAR_COSINE - 1))
 
     @property
     def count(self) -> int:

@@ -26,13 +26,15 @@ class Decision:
     """Who answers. `probabilities` covers the allowed workers only and sums to 1; `role` is one of
     `orchestrator.head.ROLES` where the head has roles. `source`: "head" decided; "order" is the order of the
     configuration (nothing is trained); "single" means that only one worker was allowed, so none was asked.
-    `seconds` is the time of the whole batch's decision."""
+    `seconds` is the time of the whole batch's decision; `domain` the kind of training tasks that the conversation is
+    like, where the head knows such."""
 
     worker: str
     probabilities: dict[str, float]
     role: str | None = None
     source: Source = "head"
     seconds: float = 0.0
+    domain: str | None = None
 
     @property
     def ranking(self) -> tuple[str, ...]:
@@ -150,6 +152,7 @@ class Router:
         asked = [index for index, names in enumerate(choices) if roles or len(names) > 1]
         worker_rows: dict[int, list[float]] = {}
         role_rows: dict[int, list[float]] = {}
+        domains: dict[int, str | None] = {}
         if asked:
             prompts = encode(
                 self.backbone.tokenizer,
@@ -157,7 +160,9 @@ class Router:
                 self.checkpoint.info.prompt_format,
                 self.max_tokens,
             )
-            logits = self.checkpoint.logits(self.backbone.hidden(prompts))
+            hidden = self.backbone.hidden(prompts)
+            logits = self.checkpoint.logits(hidden)
+            domains = dict(zip(asked, self.checkpoint.domains(hidden), strict=True))
             mask = torch.tensor([[name in choices[index] for name in self.workers] for index in asked])
             count = len(self.workers)
             try:
@@ -183,7 +188,8 @@ class Router:
             if roles:
                 role = ROLES[pick(role_rows[index], rng.random() if choose == "sample" else None)]
             by_name = dict(zip(self.workers, row, strict=True))
-            decisions.append(Decision(worker, {name: by_name[name] for name in choices[index]}, role, "head", seconds))
+            shares = {name: by_name[name] for name in choices[index]}
+            decisions.append(Decision(worker, shares, role, "head", seconds, domains[index]))
         return decisions
 
 

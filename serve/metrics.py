@@ -5,7 +5,8 @@ fugu_request_seconds{path, model}              from the request's head to the an
 fugu_first_byte_seconds{model, worker}         to the answer's first byte: of a stream, to the first piece of its text
 fugu_decision_seconds{source}                  the router's part of it
 fugu_queued_seconds{worker}                    waiting for the worker's limits
-fugu_answers_total{model, worker, source}      who answered, and how that was decided
+fugu_answers_total{model, worker, source, domain}  who answered, how that was decided, and what kind of training tasks
+                                               the question is like ("" where the head does not know)
 fugu_failures_total{worker, code}              attempts that failed; circuit_open is the breaker's
 fugu_fallbacks_total{model, worker}            attempts that failed where others answered in their place
 fugu_tokens_total{model, kind}                 kind is input, cached, output or reasoning
@@ -49,7 +50,7 @@ class RayMeter:
         self._first = Histogram("fugu_first_byte_seconds", "Seconds to the first byte", _LONG, ("model", "worker"))
         self._decision = Histogram("fugu_decision_seconds", "Seconds to decide", _SHORT, ("source",))
         self._queued = Histogram("fugu_queued_seconds", "Seconds of waiting for limits", _LONG, ("worker",))
-        self._answers = Counter("fugu_answers", "Answers by worker", ("model", "worker", "source"))
+        self._answers = Counter("fugu_answers", "Answers by worker", ("model", "worker", "source", "domain"))
         self._failures = Counter("fugu_failures", "Failed attempts", ("worker", "code"))
         self._fallbacks = Counter("fugu_fallbacks", "Failed attempts that others stood in for", ("model", "worker"))
         self._tokens = Counter("fugu_tokens", "Tokens", ("model", "kind"))
@@ -69,7 +70,8 @@ class RayMeter:
                 if trace.ended is not None:
                     self._fallbacks.inc(1, {"model": model, "worker": attempt.worker})
         if worker is not None:
-            self._answers.inc(1, {"model": model, "worker": worker, "source": choice.source if choice else ""})
+            how = {"source": choice.source, "domain": choice.domain or ""} if choice else {"source": "", "domain": ""}
+            self._answers.inc(1, {"model": model, "worker": worker, **how})
             first = trace.seen_first(now)
             if first is not None:
                 self._first.observe(first, {"model": model, "worker": worker})

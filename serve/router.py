@@ -56,6 +56,7 @@ class Answer:
     probabilities: dict[str, float]
     role: str | None
     source: str
+    domain: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +201,7 @@ def _decide_alike(router: Any, questions: Sequence[Question], choose: Any) -> li
             return [error]
         # One bad question must not fail the others of its batch.
         return [answer for question in questions for answer in _decide_alike(router, [question], choose)]
-    return [Answer(each.worker, each.probabilities, each.role, each.source) for each in decisions]
+    return [Answer(each.worker, each.probabilities, each.role, each.source, each.domain) for each in decisions]
 
 
 def _load(config: RouterConfig, checkpoint: str, workers: Sequence[str]) -> Any:
@@ -272,7 +273,9 @@ class RouterClient:
         else:
             if isinstance(answer, Answer):
                 seconds = time.perf_counter() - started
-                return Choice(answer.worker, answer.probabilities, answer.source, answer.role, seconds)
+                return Choice(
+                    answer.worker, answer.probabilities, answer.source, answer.role, seconds, domain=answer.domain
+                )
             why = answer.message
         log.warning("the router did not decide (%s); the order of the configuration does", why)
         choice = await self._order.choose(question)

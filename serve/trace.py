@@ -16,7 +16,8 @@ from serve.translate import usage_body
 class Choice:
     """What the decision came to. `source` is head (the trained router), canary (the checkpoint on trial), order (that
     of the file), single (one worker was allowed), tool_loop (who asked for the tool) or stay (no other was better by
-    the margin); `worker` is None where the order of the file decides; `seconds` as the gateway saw it."""
+    the margin); `worker` is None where the order of the file decides; `seconds` as the gateway saw it. `domain` is the
+    kind of training tasks that the conversation is like, None where that is not known."""
 
     worker: str | None
     probabilities: Mapping[str, float]
@@ -24,6 +25,7 @@ class Choice:
     role: str | None = None
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
+    domain: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class Trace:
             "worker": self.record.worker,
             "source": choice.source if choice else None,
             "role": choice.role if choice else None,
+            "domain": choice.domain if choice else None,
             "probabilities": dict(choice.probabilities) if choice else {},
             "attempts": [_attempt(attempt) for attempt in self.record.attempts],
             "timings": {

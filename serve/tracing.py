@@ -71,6 +71,7 @@ def tell_choice(span: Span | None, choice: Choice) -> None:
         "fugu.decision.worker": choice.worker,
         "fugu.decision.source": choice.source,
         "fugu.decision.role": choice.role,
+        "fugu.decision.domain": choice.domain,
     }
     span.set(told | scores)
     for warning in choice.warnings:

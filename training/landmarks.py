@@ -3,6 +3,8 @@ should."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -26,6 +28,13 @@ def place_landmarks(standardised: Tensor, *, count: int, gamma: float, seed: int
     places = normalize(standardised @ basis.T)
     centres = places if tasks <= count else normalize(k_means(places, count, seed=seed, rounds=_ROUNDS))
     return Landmarks(basis, centres, torch.tensor([gamma]))
+
+
+def landmark_domains(landmarks: Landmarks, standardised: Tensor, domains: Sequence[str]) -> tuple[str, ...]:
+    """For each landmark the domain of the training task that is nearest to it; `domains` are those of the tasks, whose
+    standardised hidden states are `[N, d]`."""
+    places = normalize(standardised @ landmarks.basis.T)
+    return tuple(domains[at] for at in (landmarks.centres @ places.T).argmax(1).tolist())
 
 
 def principal(standardised: Tensor, directions: int) -> Tensor:

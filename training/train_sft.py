@@ -24,6 +24,7 @@ from orchestrator.backbone import Device
 from orchestrator.head import Checkpoint, CheckpointInfo, PromptFormat, Read, save_checkpoint
 from training.features import middle_read, task_states
 from training.fit import Candidate, Head, Kind, fit, folds_of, space_of, unfitted
+from training.landmarks import landmark_domains
 from training.outcomes import Outcomes, read_outcomes
 from training.sft import Objective, reached, solve
 
@@ -150,6 +151,9 @@ def run(settings: SftRun) -> SftReport:
     )
     chosen, tried = choose(hidden, scores, [task.dataset for task in tasks.tasks], settings)
     head, losses = fit(hidden, scores, info, chosen, settings.kind)
+    if head.landmarks is not None:
+        fields = [task.domain for task in tasks.tasks]
+        info = replace(info, domains=landmark_domains(head.landmarks, head.standardised(hidden), fields))
     means = np.nanmean(scores.numpy(), axis=0)
     best = int(means.argmax())
     report = SftReport(

@@ -152,7 +152,7 @@ def test_what_is_saved_is_what_is_loaded(
     if seed % 3 == 0:
         landmarks = Landmarks(*(torch.randn(*size, generator=generator) for size in ((4, 6), (5, 4))), torch.ones(1))
         made = replace(made, landmarks=landmarks, weight=torch.randn(info.rows, 5, generator=generator))
-        made = replace(made, info=replace(info, max_tokens=seed + 1))
+        made = replace(made, info=replace(info, max_tokens=seed + 1, domains=("sums", "", "sums", "letters", "ünï")))
         info = made.info
     save_checkpoint(path, made)
     back = load_checkpoint(path)
@@ -236,6 +236,8 @@ def rewritten(tmp_path: Path, metadata: dict[str, str | None], **tensors: torch.
         ({"reads": '[[2.0, "last"]]'}, "metadata layer is 2.0"),
         ({"max_tokens": "0"}, "metadata max_tokens is 0"),
         ({"max_tokens": "many"}, "metadata max_tokens is not JSON"),
+        ({"domains": "[1]"}, "metadata domains must be a list of names"),
+        ({"domains": '["a"]'}, "metadata domains names 1, not one per landmark"),
         ({"format_version": "1"}, "lacks metadata: position, layer"),
         ({"format_version": "1", "layer": "x", "position": "last"}, "metadata layer is not JSON"),
         ({"format_version": "1", "layer": "-1", "position": "first"}, "metadata position is 'first'"),
@@ -244,6 +246,18 @@ def rewritten(tmp_path: Path, metadata: dict[str, str | None], **tensors: torch.
 def test_wrong_metadata_is_named(tmp_path: Path, metadata: dict[str, str | None], says: str) -> None:
     with pytest.raises(CheckpointError, match=says):
         load_checkpoint(rewritten(tmp_path, metadata))
+
+
+def test_a_domain_is_that_of_the_nearest_landmark_if_any_is_near() -> None:
+    centres = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    info = replace(INFO, domains=("sums", "letters"))
+    hidden = torch.tensor([[2.0, 0.1, 9, 9], [0.1, 3.0, 9, 9], [-1.0, -1.0, 9, 9], [1.0, 1.2, 9, 9]])
+    for gamma in (0.5, 4.0):
+        landmarks = Landmarks(torch.eye(2, 4), centres, torch.tensor([gamma]))
+        made = Checkpoint(info, torch.zeros(info.rows, 2), landmarks=landmarks)
+        assert made.domains(hidden) == ["sums", "letters", None, "letters"]
+        assert replace(made, info=INFO).domains(hidden) == [None] * 4
+    assert checkpoint().domains(torch.zeros(2, 4)) == [None, None]
 
 
 def test_a_file_of_the_first_version_is_read(tmp_path: Path) -> None:

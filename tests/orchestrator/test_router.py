@@ -176,12 +176,14 @@ def test_a_head_on_landmarks_decides_as_its_checkpoint_says(folder: Path) -> Non
     centres = torch.nn.functional.normalize(states[:2, :3])
     landmarks = Landmarks(torch.eye(3, DIMENSION), centres, torch.tensor([2.0]))
     weight = torch.tensor([[4.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
-    made = Checkpoint(INFO, weight, prior=torch.tensor([0.0, 0.0, 1.0]), landmarks=landmarks)
+    info = replace(INFO, domains=("one", "other"))
+    made = Checkpoint(info, weight, prior=torch.tensor([0.0, 0.0, 1.0]), landmarks=landmarks)
     router = Router(backbone, made, max_tokens=256)
     for decision, row in zip(decide(router), torch.softmax(made.logits(states), -1), strict=True):
         assert list(decision.probabilities.values()) == pytest.approx(row.tolist(), abs=1e-4)
     # The first two are where the landmarks are; with both far away the prior would choose c.
     assert [decision.worker for decision in decide(router)[:2]] == ["a", "b"]
+    assert [decision.domain for decision in decide(router)[:2]] == ["one", "other"]
 
 
 def test_without_a_head_the_order_decides() -> None:

@@ -83,7 +83,7 @@ def test_rays_endpoint_tells_it() -> None:
 
     failed = Attempt("a", 0.0, 0.1, None, WorkerUnavailableError("down", worker="a"))
     record = Record([failed, Attempt("b", 0.1, 0.5, 0.25)], "b")
-    trace = Trace("id", 0.0, Choice("a", {"a": 1.0}, "head", seconds=0.02), record)
+    trace = Trace("id", 0.0, Choice("a", {"a": 1.0}, "head", seconds=0.02, domain="sums"), record)
     trace.ended = Spent(Usage(7, 5, 3, 0), 0.5)
     meter = RayMeter()
     for _ in range(3):
@@ -109,6 +109,9 @@ def test_rays_endpoint_tells_it() -> None:
         lines = [line for line in text.splitlines() if line.startswith(tuple(f"{name}{{" for name in expected))]
         found = {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
     assert found == expected
+    (answers,) = [line for line in lines if line.startswith("ray_fugu_answers_total{")]
+    assert 'domain="sums"' in answers
+    assert 'worker="b"' in answers
 
 
 def test_the_dashboard_shows_metrics_that_there_are() -> None:

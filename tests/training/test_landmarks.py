@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from orchestrator.head import Checkpoint, CheckpointInfo
 from orchestrator.landmarks import Landmarks
 from training.fit import MOST_NUMBERS, Candidate, Kind, fit, folds_of, space_of, unfitted, unseen_logits
-from training.landmarks import k_means, place_landmarks, principal, whitening
+from training.landmarks import k_means, landmark_domains, place_landmarks, principal, whitening
 from training.sft import change, kl_loss, reached, soft_targets, solve
 
 INFO = CheckpointInfo(("a", "b", "c"), "none", "0")
@@ -185,6 +185,15 @@ def test_weights_on_the_space_are_weights_on_the_features() -> None:
     weight = normal(3, 20, seed=5)
     head = Checkpoint(INFO, space.weight(weight), space.empty.shift, space.empty.scale, landmarks=space.empty.landmarks)
     torch.testing.assert_close(head.logits(hidden), space.inputs(hidden) @ weight.T, atol=2e-3, rtol=1e-3)
+
+
+def test_a_landmark_has_the_domain_of_its_nearest_task() -> None:
+    states = normal(40, 6)
+    names = [f"task {number}" for number in range(40)]
+    landmarks = place_landmarks(states, count=40, gamma=1.0, seed=0)
+    assert landmark_domains(landmarks, states, names) == tuple(names), "each task is a landmark of its own"
+    turned = replace(landmarks, centres=landmarks.centres.flip(0))
+    assert landmark_domains(turned, states, names) == tuple(reversed(names))
 
 
 def test_k_means_finds_the_centres() -> None:

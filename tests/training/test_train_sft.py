@@ -48,6 +48,9 @@ def test_defaults_make_a_head_that_routes(place: Path, tmp_path: Path) -> None:
     head = load_checkpoint(report.out)
     assert head.landmarks is not None
     assert head.prior is not None
+    known = {task.domain for task in read_outcomes(place / "outcomes").tasks}
+    assert len(head.info.domains) == head.landmarks.count
+    assert set(head.info.domains) <= known
     assert head.info.reads == (Read(2, "body"),)
     assert head.info.max_tokens == 128
     assert head.info.workers[int(head.prior.argmax())] == report.best_single
