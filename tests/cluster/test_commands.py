@@ -1,9 +1,13 @@
-"""The commands for a cluster, up to where a cluster is needed; `local_up` has the rest."""
+"""The commands for a cluster; in the last tests with machines that this one makes (tests/cluster/machines.py)."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import signal
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,10 +17,12 @@ from typer.testing import CliRunner
 import fugu
 from actors.errors import ClusterError, ConfigError
 from serve import cluster
-from tests.cluster import local_up
+from tests.cluster import head_restart, machines
 
 ROOT = Path(__file__).resolve().parents[2]
 ONPREM = ROOT / "cluster" / "onprem.yaml"
+# What may pass until a program that makes machines has ended.
+SECONDS = 400.0
 
 
 def ended(*arguments: str) -> tuple[int, str]:
@@ -101,15 +107,41 @@ def test_emitting_says_what_is_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.timeout(900)
-def test_up_submit_deploy_down_for_real(capfd: pytest.CaptureFixture[str]) -> None:
-    reason = local_up.why_not()
+@pytest.mark.timeout(SECONDS + 60)
+def test_up_submit_deploy_down_for_real() -> None:
+    reason = machines.why_not()
     if not os.environ.get("FUGU_CLUSTER_TESTS"):
         reason = "takes minutes and several gigabytes: set FUGU_CLUSTER_TESTS=1"
     if reason is not None:
         pytest.skip(reason)
-    with pytest.raises(SystemExit) as ended:
-        local_up.main()
-    output = capfd.readouterr().out
-    assert ended.value.code == 0, output[-4000:]
+    code, output = ran("tests.cluster.local_up")
+    assert code == 0, output[-4000:]
     assert "== nothing of Ray is left" in output
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(SECONDS + 60)
+@pytest.mark.parametrize("kind", head_restart.KINDS)
+def test_the_head_dies_and_comes_back(kind: str) -> None:
+    reason = head_restart.why_not(kind)
+    if not os.environ.get("FUGU_CLUSTER_TESTS"):
+        reason = "takes minutes and several gigabytes: set FUGU_CLUSTER_TESTS=1"
+    if reason is not None:
+        pytest.skip(reason)
+    code, output = ran("tests.cluster.head_restart", kind)
+    assert code == 0, output[-4000:]
+
+
+def ran(module: str, *arguments: str) -> tuple[int, str]:
+    """Exit code and output of a program that makes machines; none of them outlives the time that it has."""
+    command = [sys.executable, "-m", module, *arguments]
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            code = process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            # With `unshare`, everything in its namespaces ends.
+            os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait(30)
+        out.seek(0)
+        return code, out.read()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -40,17 +41,21 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return reported(tmp_path_factory.mktemp("serve"), "serve")
 
 
-def test_a_node_lost_in_a_generation_changes_nothing(evolved: dict[str, Any]) -> None:
+@pytest.mark.parametrize("lost", ["driver", "node"])
+def test_what_is_lost_in_a_generation_changes_nothing(evolved: dict[str, Any], lost: str) -> None:
+    """A node that runs rollouts; or the driver, after which the command is given again."""
     evolve = evolved["evolve"]
-    disturbed = evolve["disturbed"]
+    disturbed = evolve[lost]
     assert disturbed["in_flight"] >= 4, "sessions were under way"
     assert 1 <= disturbed["generations_done"] < 3
+    assert disturbed.get("exit", -signal.SIGKILL) == -signal.SIGKILL
     assert len(disturbed["history"]) == 3
     for row, undisturbed in zip(disturbed["history"], evolve["undisturbed"]["history"], strict=True):
-        # Dollars are added up in the order in which answers come.
-        assert row.pop("usd") == pytest.approx(undisturbed.pop("usd"), rel=1e-9)
-        assert row == undisturbed
-    assert evolve["same_checkpoint"]
+        # Dollars are added up in the order in which answers come; what a driver paid before it died is paid.
+        usd = row.pop("usd"), undisturbed["usd"]
+        assert lost == "driver" or usd[0] == pytest.approx(usd[1], rel=1e-9)
+        assert row == {name: value for name, value in undisturbed.items() if name != "usd"}
+    assert disturbed["same_checkpoint"]
 
 
 def test_everything_is_where_it_belongs(report: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -32,11 +33,12 @@ import yaml
 
 from actors.config import ServeConfig
 from serve.environment import free_ports, prepare
-from tests.loopback import Behaviour, LoopbackProvider
+from tests.loopback import Behaviour, LoopbackProvider, Recorded
 
 WORKERS = ("sums", "words", "maps")
 KEY = "cluster-test-key-2b81"
 BOUND = 60.0
+EVOLVE_SECONDS = 200.0
 DEPLOY_SECONDS = 240.0
 
 
@@ -56,7 +58,9 @@ def main(folder: Path, parts: list[str]) -> None:
         with LoopbackProvider() as upstream:
             _backbone(folder)
             if "evolve" in parts:
-                report["evolve"] = evolve_with_a_lost_node(folder, upstream, lambda: cluster.remove_node(lost, False))
+                report["evolve"] = evolve_three_times(
+                    folder, cluster.address, upstream, lambda: cluster.remove_node(lost, False)
+                )
             upstream.clear()
             if "serve" in parts:
                 with served(folder, upstream) as url:
@@ -82,37 +86,70 @@ def _backbone(folder: Path) -> None:
 # --- evolution ---
 
 
-def evolve_with_a_lost_node(folder: Path, upstream: LoopbackProvider, lose: Callable[[], None]) -> dict[str, Any]:
-    """The same evolution twice: undisturbed, and with a node lost in the middle of a generation."""
+def evolve_three_times(
+    folder: Path, address: str, upstream: LoopbackProvider, lose: Callable[[], None]
+) -> dict[str, Any]:
+    """The same evolution undisturbed, with its driver killed in the middle of a generation and started again, and with
+    a node lost in the middle of a generation."""
     from tests.training.problems import world
     from tests.training.test_evolve import repeatable
-    from tests.training.test_live import configured, settings, speaks
-    from training.evolve import run
+    from tests.training.test_live import configured
 
     world(folder / "outcomes")
+    configured(folder, upstream)
     found: dict[str, Any] = {}
-    for name in ("undisturbed", "disturbed"):
+    for name in ("undisturbed", "driver", "node"):
         upstream.clear()
-        upstream.default = Behaviour(text=speaks, delay=0.15)
+        upstream.default = Behaviour(text=_speaks, delay=0.15)
         at: dict[str, Any] = {}
         out = folder / name
-        config = configured(folder, upstream)
-        given = settings(folder, out, config, mode="fugu-trinity", generations=3, max_turns=3, choose="sample")
-        killer = threading.Thread(target=_lose_midway, args=(out, upstream, lose, at))
-        if name == "disturbed":
-            killer.start()
         began = time.monotonic()
-        done = run(given)
-        if name == "disturbed":
+        if name == "driver":
+            command = [sys.executable, "-m", __spec__.name, str(folder), "driver", address]
+            driver = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            _lose_midway(out, upstream, driver.kill, at)
+            at["exit"] = driver.wait(BOUND)
+            done = evolve(folder, name, resume=True)
+        elif name == "node":
+            killer = threading.Thread(target=_lose_midway, args=(out, upstream, lose, at))
+            killer.start()
+            done = evolve(folder, name)
             killer.join(BOUND)
+        else:
+            done = evolve(folder, name)
         found[name] = {
             "seconds": time.monotonic() - began,
             "history": repeatable(done.folder / "history.jsonl"),
             "checkpoint": _content(done.out),
             **at,
         }
-    same = found["undisturbed"].pop("checkpoint") == found["disturbed"].pop("checkpoint")
-    return {**found, "same_checkpoint": same}
+    expected = found["undisturbed"].pop("checkpoint")
+    for name in ("driver", "node"):
+        found[name]["same_checkpoint"] = found[name].pop("checkpoint") == expected
+    return found
+
+
+def evolve(folder: Path, name: str, *, resume: bool = False) -> Any:
+    """The evolution, on the Ray that this process is connected to."""
+    from tests.training.test_live import settings
+    from training.evolve import run
+
+    given = {"mode": "fugu-trinity", "generations": 3, "max_turns": 3, "choose": "sample", "resume": resume}
+    return run(settings(folder, folder / name, folder / "config.yaml", **given))
+
+
+def drive(folder: Path, address: str) -> None:
+    """The driver that is killed: a process of its own."""
+    import ray
+
+    ray.init(address=address, namespace="fugu", log_to_driver=False, logging_level="ERROR")
+    evolve(folder, "driver")
+
+
+def _speaks(request: Recorded) -> str:
+    from tests.training.test_live import speaks
+
+    return speaks(request)
 
 
 def _content(checkpoint: Path) -> Any:
@@ -129,7 +166,7 @@ def _content(checkpoint: Path) -> Any:
 def _lose_midway(out: Path, upstream: LoopbackProvider, lose: Callable[[], None], at: dict[str, Any]) -> None:
     """Once the first generation is written and calls of the next are under way."""
     history = out / "router.evolve" / "history.jsonl"
-    deadline = time.monotonic() + BOUND
+    deadline = time.monotonic() + EVOLVE_SECONDS
     while time.monotonic() < deadline and not (history.exists() and history.read_text().count("\n") >= 1):
         time.sleep(0.02)
     while time.monotonic() < deadline and upstream.in_flight < 4:
@@ -346,4 +383,7 @@ def _kill_one(title: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    if sys.argv[2] == "driver":
+        drive(Path(sys.argv[1]), sys.argv[3])
+    else:
+        main(Path(sys.argv[1]), sys.argv[2:])
