@@ -99,7 +99,7 @@ class Gateway:
             engines[ULTRA] = UltraEngine(deciding, *ultra)
         engines |= _pinned(config.router, deciding)
         served = Served(tuple(engines), absent)
-        keys, wishes = Keys(config.serve, KeyBook()), WishReader(config)
+        keys, wishes = Keys(config.serve, KeyBook(longest=config.serve.request_timeout)), WishReader(config)
         store = SqliteStore(state_dir() / "conversations.sqlite") if config.serve.store else None
         conversations = Conversations(store, config.serve.store_days * DAY)
         meter = meter or NoMeter()

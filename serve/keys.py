@@ -3,11 +3,13 @@
 A key itself is shown once and never kept, only its SHA-256 (it is 256 random bits, so nobody finds it from that). Keys
 and usage are in SQLite in the state folder, shared by the gateways of a machine and kept over restarts; a gateway sees
 a new or revoked key within a second. Limits hold across gateways: every metered request is one short transaction before
-and one after it, off the event loop. A request reserves the tokens it may use and is settled with those it did.
+and one after it, off the event loop. A request reserves the tokens and the money it may use and is settled with those
+it did; what is held by requests whose gateway died counts as spent in the end.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import secrets
@@ -27,6 +29,7 @@ from serve.store import Database
 PREFIX = "fugu-"
 WINDOW_SECONDS = 60.0
 _LOOK_SECONDS = 1.0
+_BUDGET_RETRY_SECONDS = 5.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS keys (
     id TEXT PRIMARY KEY, name TEXT NOT NULL, digest BLOB NOT NULL UNIQUE, models TEXT, workers TEXT,
@@ -42,6 +45,9 @@ CREATE TABLE IF NOT EXISTS recent (
     id INTEGER PRIMARY KEY, key TEXT NOT NULL, at REAL NOT NULL, tokens INTEGER NOT NULL
 );
 CREATE INDEX IF NOT EXISTS recent_key ON recent (key, at);
+CREATE TABLE IF NOT EXISTS held (
+    id INTEGER PRIMARY KEY, key TEXT NOT NULL, month TEXT NOT NULL, until REAL NOT NULL, usd REAL NOT NULL
+);
 """
 
 
@@ -72,27 +78,36 @@ class Used:
 
 
 class KeyBook:
-    """The keys of a state folder. `clock`: seconds since 1970."""
+    """The keys of a state folder. `clock`: seconds since 1970. `longest`: seconds that a request may take, after which
+    what it holds counts as spent."""
 
-    def __init__(self, path: Path | None = None, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, path: Path | None = None, *, clock: Callable[[], float] = time.time, longest: float = 7200.0
+    ) -> None:
         self._path = path or state_dir() / "keys.sqlite"
         self._database = Database(self._path, _SCHEMA)
         self._clock = clock
+        self._longest = longest
         self._by_digest: dict[bytes, Key] = {}
         self._looked = float("-inf")
+        self._looking = asyncio.Lock()
+        self._known = False
         self.any = False
         """Whether keys were ever created: then a key is needed, though all may be revoked by now."""
 
     # Looking up
 
     async def refresh(self) -> None:
-        """See keys that another process created or revoked; at most once a second."""
-        now = time.monotonic()
-        if now - self._looked < _LOOK_SECONDS:
+        """See keys that another process created or revoked; at most once a second. Nobody passes before the first
+        look."""
+        if time.monotonic() - self._looked < _LOOK_SECONDS or (self._known and self._looking.locked()):
             return
-        self._looked = now
-        if self._path.exists():
-            self._learn(await self._database.run(_all))
+        async with self._looking:
+            if time.monotonic() - self._looked < _LOOK_SECONDS:
+                return
+            if self._path.exists():
+                self._learn(await self._database.run(_all))
+            self._looked, self._known = time.monotonic(), True
 
     def _learn(self, rows: Iterable[tuple[bytes, Key]]) -> None:
         rows = list(rows)
@@ -105,12 +120,13 @@ class KeyBook:
 
     # Metering
 
-    async def admit(self, key: Key, tokens: int) -> int:
-        """Reserve a request of so many tokens; a number to settle it with.
+    async def admit(self, key: Key, tokens: int, usd: float = 0.0) -> int:
+        """Reserve a request of so many tokens and so much money; a number to settle it with.
 
         Raises:
-            KeyLimitError: the key's requests or tokens of this minute are used; says when to come again.
-            BudgetSpentError: its money of this month is spent.
+            KeyLimitError: the key's requests or tokens of this minute are used, or requests that are being answered
+                hold what is left of its month; says when to come again.
+            BudgetSpentError: its money of this month is spent, or too little is left for this request.
             RequestError: it alone is more than the key's tokens per minute.
         """
         if key.tokens_per_minute is not None and tokens > key.tokens_per_minute:
@@ -119,13 +135,13 @@ class KeyBook:
                 "ask for fewer with max_tokens",
                 param="max_tokens",
             )
-        return await self._database.run(lambda connection: self._admit(connection, key, tokens))
+        return await self._database.run(lambda connection: self._admit(connection, key, tokens, usd))
 
-    def _admit(self, connection: sqlite3.Connection, key: Key, tokens: int) -> int:
+    def _admit(self, connection: sqlite3.Connection, key: Key, tokens: int, usd: float) -> int:
         now = self._clock()
         connection.execute("DELETE FROM recent WHERE at <= ?", (now - WINDOW_SECONDS,))
-        if key.monthly_usd is not None and self._used(connection, key.id, now).usd >= key.monthly_usd:
-            raise BudgetSpentError(f"this key's budget of ${key.monthly_usd:g} for the month is spent")
+        if key.monthly_usd is not None:
+            self._check_budget(connection, key, key.monthly_usd, usd, now)
         recent = connection.execute("SELECT at, tokens FROM recent WHERE key = ? ORDER BY at", (key.id,)).fetchall()
         if key.requests_per_minute is not None and len(recent) >= key.requests_per_minute:
             wait = recent[len(recent) - key.requests_per_minute][0] + WINDOW_SECONDS - now
@@ -139,31 +155,44 @@ class KeyBook:
                 wait = at + WINDOW_SECONDS - now
                 if over <= 0:
                     raise KeyLimitError(f"this key has {key.tokens_per_minute} tokens per minute", retry_after=wait)
-        inserted = connection.execute("INSERT INTO recent (key, at, tokens) VALUES (?, ?, ?)", (key.id, now, tokens))
-        assert inserted.lastrowid is not None
-        return inserted.lastrowid
+        # Not SQLite's own, which come again when the rows with the highest are gone.
+        number = secrets.randbits(62)
+        connection.execute("INSERT INTO recent VALUES (?, ?, ?, ?)", (number, key.id, now, tokens))
+        if key.monthly_usd is not None:
+            held = (number, key.id, _month(now), now + self._longest, usd)
+            connection.execute("INSERT INTO held VALUES (?, ?, ?, ?, ?)", held)
+        return number
+
+    def _check_budget(self, connection: sqlite3.Connection, key: Key, budget: float, usd: float, now: float) -> None:
+        expired = connection.execute("DELETE FROM held WHERE until <= ? RETURNING key, month, usd", (now,)).fetchall()
+        for owner, month, lost in expired:
+            _add(connection, owner, month, Usage(), lost)
+        spent = self._used(connection, key.id, now).usd
+        if spent >= budget:
+            raise BudgetSpentError(f"this key's budget of ${budget:g} for the month is spent")
+        if spent + usd > budget:
+            raise BudgetSpentError(
+                f"${budget - spent:.4g} of this key's ${budget:g} for the month is left, and the request may cost "
+                f"${usd:.4g}; ask for fewer tokens with max_tokens"
+            )
+        held = connection.execute(
+            "SELECT COALESCE(SUM(usd), 0) FROM held WHERE key = ? AND month = ?", (key.id, _month(now))
+        ).fetchone()[0]
+        if spent + held + usd > budget:
+            raise KeyLimitError(
+                f"requests that are being answered hold ${held:.4g} of this key's ${budget:g} for the month, of which "
+                f"${spent:.4g} is spent, and this one may cost ${usd:.4g}",
+                retry_after=_BUDGET_RETRY_SECONDS,
+            )
 
     async def settle(self, key: Key, number: int, usage: Usage, usd: float | None) -> None:
-        """Replace what was reserved by what was used, and add it to the month. `usd` is None where it is unknown."""
+        """Replace what was reserved by what was used, and add it to the month that it was reserved in. `usd` is None
+        where it is unknown."""
 
         def write(connection: sqlite3.Connection) -> None:
             connection.execute("UPDATE recent SET tokens = ? WHERE id = ?", (usage.total_tokens, number))
-            connection.execute(
-                "INSERT INTO usage VALUES (?, ?, 1, ?, ?, ?, ?, ?, ?) ON CONFLICT (key, month) DO UPDATE SET "
-                "requests = requests + 1, input = input + excluded.input, cached = cached + excluded.cached, "
-                "output = output + excluded.output, reasoning = reasoning + excluded.reasoning, "
-                "usd = usd + excluded.usd, unpriced = unpriced + excluded.unpriced",
-                (
-                    key.id,
-                    _month(self._clock()),
-                    usage.input_tokens,
-                    usage.cached_input_tokens,
-                    usage.output_tokens,
-                    usage.reasoning_tokens,
-                    usd or 0.0,
-                    int(usd is None),
-                ),
-            )
+            held = connection.execute("DELETE FROM held WHERE id = ? RETURNING month", (number,)).fetchone()
+            _add(connection, key.id, _month(self._clock()) if held is None else held[0], usage, usd)
 
         await self._database.run(write)
 
@@ -204,6 +233,26 @@ class KeyBook:
             (id, _month(now)),
         ).fetchone()
         return Used() if row is None else Used(row[0], Usage(*row[1:5]), row[5], row[6])
+
+
+def _add(connection: sqlite3.Connection, key: str, month: str, usage: Usage, usd: float | None) -> None:
+    """A request to what a key used in a month."""
+    connection.execute(
+        "INSERT INTO usage VALUES (?, ?, 1, ?, ?, ?, ?, ?, ?) ON CONFLICT (key, month) DO UPDATE SET "
+        "requests = requests + 1, input = input + excluded.input, cached = cached + excluded.cached, "
+        "output = output + excluded.output, reasoning = reasoning + excluded.reasoning, "
+        "usd = usd + excluded.usd, unpriced = unpriced + excluded.unpriced",
+        (
+            key,
+            month,
+            usage.input_tokens,
+            usage.cached_input_tokens,
+            usage.output_tokens,
+            usage.reasoning_tokens,
+            usd or 0.0,
+            int(usd is None),
+        ),
+    )
 
 
 def _all(connection: sqlite3.Connection) -> list[tuple[bytes, Key]]:

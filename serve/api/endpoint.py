@@ -28,7 +28,7 @@ from serve.api.models import Served, check_served
 from serve.api.responses import ResponsesExchange
 from serve.api.wishes import WishReader
 from serve.auth import Caller, Keys
-from serve.metering import Metered, admit
+from serve.metering import Holds, Metered, admit
 from serve.metrics import Meter
 from serve.schema import FuguBody
 from serve.trace import Spent, Trace
@@ -118,6 +118,7 @@ class Endpoint:
         self._engines = engines
         self._config: ServeConfig = deciding.config.serve
         self._keys = keys
+        self._holds = Holds(deciding.config)
         self._wishes = wishes
         self._background = background
         self._meter = meter
@@ -151,7 +152,7 @@ class Endpoint:
             request, trace.dropped = exchange.request()
             await self._check_schema(request)
             job = Job(exchange.model, request, wishes, trace, exchange.stream, caller)
-            metered = await admit(self._keys.book, caller, request)
+            metered = await admit(self._keys.book, job, self._holds)
             if isinstance(exchange, ResponsesExchange) and exchange.background:
                 await answer.whole(await self._background.start(job, exchange, self._engines[job.model], metered))
                 metered, later = None, True  # settled and counted when it is made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from actors.config import ServeConfig
+from actors.config import FuguConfig, ServeConfig
 from actors.errors import BudgetSpentError, ConfigError, KeyLimitError, RequestError, StreamBrokenError
-from actors.messages import Chunk, Usage
+from actors.estimate import Estimate
+from actors.messages import ChatRequest, Chunk, Message, Usage
 from serve import keys_cli
+from serve.api.health import Readiness
+from serve.api.job import Job, Wishes
 from serve.auth import check_bind
+from serve.conductor import Knobs
+from serve.gateway import Gateway
 from serve.keys import Key, KeyBook
+from serve.metering import Holds
+from serve.router import OrderDecider
+from serve.trace import Trace
 from tests.serve.test_gateway import Scripted, gateway
 from tests.serve.test_responses import Says
 from tests.serve.test_session import THREE, Plan, Player, trinity
@@ -124,6 +133,98 @@ async def test_a_budget_is_of_a_month(path: Path, clock: Clock) -> None:
     await book.admit(key, 1)
 
 
+async def test_money_is_held_until_it_is_known_what_was_spent(path: Path, clock: Clock) -> None:
+    key, _ = made(path, clock, monthly_usd=1.0)
+    book = KeyBook(path, clock=clock, longest=600.0)
+    first = await book.admit(key, 1, 0.7)
+    with pytest.raises(KeyLimitError, match=r"hold \$0\.7") as caught:
+        await KeyBook(path, clock=clock).admit(key, 1, 0.4)
+    assert caught.value.retry_after
+    second = await book.admit(key, 1, 0.3)
+    await book.settle(key, first, Usage(5, 5), 0.1)
+    third = await book.admit(key, 1, 0.6)
+    for number in (second, third):
+        await book.settle(key, number, Usage(5, 5), None)
+    with pytest.raises(BudgetSpentError, match=r"\$0\.9 of this key's \$1"):
+        await book.admit(key, 1, 0.95)
+    await book.admit(key, 1, 0.9)
+
+
+async def test_what_a_dead_gateway_held_is_spent_in_the_end(path: Path, clock: Clock) -> None:
+    key, _ = made(path, clock, monthly_usd=1.0)
+    await KeyBook(path, clock=clock, longest=600.0).admit(key, 1, 0.6)
+    book = KeyBook(path, clock=clock, longest=600.0)
+    with pytest.raises(KeyLimitError):
+        await book.admit(key, 1, 0.6)
+    clock.now += 601
+    with pytest.raises(BudgetSpentError, match=r"\$0\.4"):
+        await book.admit(key, 1, 0.6)
+    await book.admit(key, 1, 0.4)
+
+
+async def test_a_request_over_midnight_is_of_the_month_it_began_in(path: Path, clock: Clock) -> None:
+    key, _ = made(path, clock, monthly_usd=1.0)
+    book = KeyBook(path, clock=clock, longest=90 * 86400.0)
+    number = await book.admit(key, 1, 0.9)
+    clock.now += 32 * 86400
+    other = await book.admit(key, 1, 0.9)
+    await book.settle(key, number, Usage(1, 1), 0.9)
+    await book.settle(key, other, Usage(1, 1), 0.05)
+    (_, used), *_ = KeyBook(path, clock=clock).list()
+    assert used.usd == pytest.approx(0.05)
+
+
+async def test_a_long_request_settles_its_own_reservation(path: Path, clock: Clock) -> None:
+    key, _ = made(path, clock, tokens_per_minute=100)
+    book = KeyBook(path, clock=clock)
+    long = await book.admit(key, 90)
+    clock.now += 61
+    await book.admit(key, 90)  # the row of the long one is gone, and its number must not come again
+    await book.settle(key, long, Usage(1, 0), 0.0)
+    with pytest.raises(KeyLimitError):
+        await book.admit(key, 90)
+
+
+@settings(max_examples=40)
+@given(
+    st.floats(0.5, 3.0),
+    st.lists(st.tuples(st.booleans(), st.floats(0, 1), st.floats(0, 1.5), st.integers(0, 9)), max_size=25),
+)
+def test_a_budget_is_passed_by_no_more_than_estimates_were_wrong(
+    tmp_path_factory: pytest.TempPathFactory, budget: float, events: list[tuple[bool, float, float, int]]
+) -> None:
+    """Requests come and end in any order, over two gateways, each with an estimate and what it really costs."""
+    path = tmp_path_factory.mktemp("keys") / "keys.sqlite"
+    key, _ = made(path, monthly_usd=budget)
+
+    async def live() -> None:
+        books = KeyBook(path), KeyBook(path)
+        flying: list[tuple[int, float, float]] = []
+        spent = excess = 0.0
+        for comes, estimate, real, which in events:
+            book = books[which % 2]
+            if comes:
+                try:
+                    number = await book.admit(key, 1, estimate)
+                except (KeyLimitError, BudgetSpentError):
+                    held = sum(each[1] for each in flying)
+                    assert spent + held + estimate > budget - 1e-9, "nothing is refused that fits"
+                    continue
+                flying.append((number, estimate, real))
+            elif flying:
+                number, estimate, real = flying.pop(which % len(flying))
+                await book.settle(key, number, Usage(1, 1), real)
+                spent += real
+                excess += max(0.0, real - estimate)
+            assert spent + sum(each[1] for each in flying) <= budget + excess + 1e-9
+        for number, _, real in flying:
+            await books[0].settle(key, number, Usage(1, 1), real)
+            spent += real
+        assert KeyBook(path).list()[0][1].usd == pytest.approx(spent)
+
+    asyncio.run(live())
+
+
 @settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 999), st.integers(0, 99), st.one_of(st.none(), st.floats(0, 2))), max_size=8))
 def test_the_months_usage_is_the_sum_of_its_requests(
@@ -204,6 +305,15 @@ async def test_a_session_is_charged_with_all_its_calls_and_a_broken_one_with_tho
     assert used.usage.total_tokens > 198, "what it read is charged"
 
 
+async def test_nobody_passes_before_the_first_look(path: Path) -> None:
+    made(path)
+    worker = Says("a", Chunk("x"))
+    http = client(gateway(worker), "fugu-nobody")
+    answers = await asyncio.gather(*(http.post("/v1/chat/completions", json=body()) for _ in range(8)))
+    assert {answer.status_code for answer in answers} == {401}
+    assert not worker.requests
+
+
 async def test_limits_in_http(path: Path) -> None:
     _, secret = made(path, requests_per_minute=1)
     http = client(gateway(Says("a", Chunk("x"))), secret)
@@ -220,6 +330,60 @@ async def test_a_budget_needs_prices_and_ends(path: Path) -> None:
     spent = await http.post("/v1/chat/completions", json=body())
     assert (spent.status_code, spent.json()["error"]["code"]) == (429, "insufficient_quota")
     assert spent.headers["x-should-retry"] == "false"
+
+
+PRICED = {"price": {"input": 1000.0, "output": 2000.0}}
+
+
+async def test_requests_at_once_do_not_pass_the_budget(path: Path) -> None:
+    """50 tokens of output at 0.002 dollars each: one may cost some 0.11."""
+    _, secret = made(path, monthly_usd=0.3)
+    worker = Says("a", Chunk("x"))
+    worker.wait.clear()
+    config = FuguConfig.model_validate(
+        {"workers": [{"name": "a", "provider": "openai", "model": "m", "base_url": "http://127.0.0.1:1", **PRICED}]}
+    )
+    app = Gateway(config, [worker], OrderDecider(["a"]), Readiness({}))
+    http = client(app, secret)
+    asked = [asyncio.create_task(http.post("/v1/chat/completions", json=body())) for _ in range(10)]
+    async with asyncio.timeout(30):
+        while sum(task.done() for task in asked) + len(worker.requests) < len(asked):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    worker.wait.set()
+    answers = await asyncio.gather(*asked)
+    held = [answer for answer in answers if answer.status_code == 429]
+    assert (len(answers) - len(held), len(worker.requests)) == (2, 2)
+    assert {answer.json()["error"]["code"] for answer in held} == {KeyLimitError.code}
+    assert all(answer.headers["retry-after"] for answer in held)
+
+
+@pytest.mark.parametrize(
+    ("model", "knobs", "calls"),
+    [
+        ("fugu", Knobs(), 1),
+        ("fugu-20261123", Knobs(), 1),
+        ("fugu-trinity", Knobs(), 5),
+        ("fugu-ultra", Knobs(), 6),
+        ("fugu-ultra", Knobs(max_rounds=2, max_steps=3), 8),
+        ("fugu-ultra", Knobs(max_calls=3), 3),
+    ],
+)
+def test_what_a_request_may_cost(model: str, knobs: Knobs, calls: int) -> None:
+    specs = [
+        {"name": name, "provider": "openai", "model": "m", "price": {"input": price, "output": 10 * price}}
+        for name, price in (("a", 1.0), ("b", 3.0))
+    ]
+    config = FuguConfig.model_validate({"workers": specs, "conductor": {"worker": "a"}})
+
+    def usd(allowed: tuple[str, ...], knobs: Knobs) -> float:
+        wishes = Wishes(allowed, None, "argmax", False, None, knobs)
+        job = Job(model, ChatRequest((Message("user", "?"),)), wishes, Trace("id", 0.0), False)
+        return Holds(config).usd(job, Estimate(1000, 100))
+
+    assert usd(("a", "b"), knobs) == pytest.approx(calls * 0.006)
+    assert usd(("a",), knobs) == pytest.approx(calls * 0.002)
+    if model == "fugu-ultra":
+        assert usd(("a",), replace(knobs, budget_usd=0.001)) == 0.001
 
 
 def test_the_commands() -> None:
