@@ -74,12 +74,13 @@ class Price(Strict):
 
 
 class Timeout(Strict):
-    """Seconds, per phase of one call: connecting, until the first byte, between two bytes, and in all."""
+    """Seconds, per phase of one call: connecting, until the first byte, between two bytes (a provider's signs of life
+    count), and in all."""
 
     connect: Seconds = 5.0
     first_byte: Seconds = 120.0
     idle: Seconds = 120.0
-    total: Seconds = 3600.0
+    total: Seconds = 7200.0
 
 
 class Retry(Strict):

@@ -293,7 +293,8 @@ class _Connection(asyncio.Protocol):
         frames = answer.events()
         if behaviour.error_after is not None:
             frames = [*frames[: behaviour.error_after], error_event(answer.request.dialect, behaviour)]
-        if behaviour.chunk_delay == 0 and behaviour.split is None and behaviour.break_after is None:
+        paced = behaviour.chunk_delay or behaviour.split is not None
+        if not paced and behaviour.break_after is None and behaviour.stall_after is None:
             data = b"".join(frames)
             body = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
             self._transport.write(body + b"0\r\n\r\n")
@@ -301,6 +302,8 @@ class _Connection(asyncio.Protocol):
             for number, data in enumerate(frames):
                 if number == behaviour.break_after:
                     return self._break(behaviour)
+                if number == behaviour.stall_after:
+                    await asyncio.get_running_loop().create_future()
                 if number and behaviour.chunk_delay:
                     await asyncio.sleep(behaviour.chunk_delay)
                 size = behaviour.split or len(data)

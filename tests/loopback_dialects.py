@@ -44,9 +44,11 @@ class Behaviour:
 
     Misbehaviour: `delay` and `chunk_delay` in seconds; `break_after` n SSE events (n bytes of a plain body)
     by `break_how` ("rst" resets, "fin" closes, "half" shuts down the sending side only); `error_after` n events
-    sends the dialect's in-stream error; `terminator=False` leaves out the documented end of a stream; `split`
-    cuts the bytes of a stream into writes of at most that many bytes; `body` replaces the whole body; `never`
-    never answers; `close` closes the connection after the reply without having said so (a stale connection).
+    sends the dialect's in-stream error; `stall_after` n events falls silent for good; `pings` are so many signs of
+    life after the second event, which say nothing (spaced as all events are); `terminator=False` leaves out the
+    documented end of a stream; `split` cuts the bytes of a stream into writes of at most that many bytes; `body`
+    replaces the whole body; `never` never answers; `close` closes the connection after the reply without having said
+    so (a stale connection).
     """
 
     text: str | Callable[[Recorded], str] = DEFAULT_TEXT
@@ -65,6 +67,8 @@ class Behaviour:
     chunk_delay: float = 0.0
     break_after: int | None = None
     break_how: Literal["rst", "fin", "half"] = "rst"
+    stall_after: int | None = None
+    pings: int = 0
     error_after: int | None = None
     terminator: bool = True
     split: int | None = None
@@ -143,7 +147,10 @@ class Answer:
 
     def events(self) -> list[bytes]:
         maker = {"openai": openai_events, "anthropic": anthropic_events, "gemini": gemini_events}
-        return maker[self.request.dialect or "openai"](self)
+        frames = maker[self.request.dialect or "openai"](self)
+        ping = frame({"type": "ping"}, "ping") if self.request.dialect == "anthropic" else b": ping\n\n"
+        frames[2:2] = [ping] * self.behaviour.pings
+        return frames
 
 
 def frame(data: Any, event: str | None = None) -> bytes:

@@ -14,6 +14,8 @@ from tests.serve.running import RunningServer
 WORKERS = ("first", "second")
 KEY = "serve-test-key-7f3a9c"
 UPSTREAM_KEY = "upstream-secret-51d2e8"
+IDLE = 4.0
+"""Seconds that a provider may be silent in the middle of an answer."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -63,6 +65,7 @@ def worker(name: str, provider: LoopbackProvider, **fields: Any) -> dict[str, An
         "api_key": "${UPSTREAM_KEY}",
         "retry": {"attempts": 1},
         "breaker": {"failures": 1000, "cooldown": 0.1},
+        "timeout": {"idle": IDLE},
         **fields,
     }
 
@@ -73,7 +76,7 @@ def with_haproxy(tmp_path_factory: pytest.TempPathFactory, upstream: LoopbackPro
     folder = tmp_path_factory.mktemp("haproxy")
     model, checkpoint = tiny_checkpoint(folder, WORKERS)
     config = {
-        "workers": [worker(name, upstream, tags=[name]) for name in WORKERS],
+        "workers": [worker(name, upstream, tags=[name], price={"input": 1, "output": 10}) for name in WORKERS],
         "router": {"backbone": str(model), "checkpoint": str(checkpoint), "timeout": 5, "max_tokens": 256},
         "conductor": {"worker": "second", "max_rounds": 1},
         "serve": {
