@@ -32,6 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # also when it is run as a file
 
+import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -201,6 +202,9 @@ async def watched(
             done, _ = await asyncio.wait((driving,), timeout=max(0.1, plan.sample - spent))
             if done:
                 break
+            if server.process.poll() is not None or server.process.status() == psutil.STATUS_ZOMBIE:
+                driving.cancel()
+                raise SystemExit(f"fugu serve ended after {at:.0f} s:\n{server.text[-2000:]}")
     await driving
 
 

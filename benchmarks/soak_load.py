@@ -15,7 +15,7 @@ from tests.faults import CHAT, PATHS, Reader, body_of, kind_of
 
 Ending = Literal["answered", "typed error", "left", "hung", "wrong bytes", "no reply"]
 BAD: tuple[Ending, ...] = ("hung", "wrong bytes", "no reply")
-LONGEST = 240.0
+LONGEST = 150.0
 """Seconds after which a request that has not ended is hung: well above every timeout of the server."""
 LEAVING = 0.02
 """The share of the callers who go away while they are answered."""
