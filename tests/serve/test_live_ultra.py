@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +17,7 @@ import fugu
 from orchestrator.workflow import Step, Workflow, render_workflow
 from tests.loopback import Behaviour, LoopbackProvider, ToolCall
 from tests.serve.conftest import KEY, WORKERS
-from tests.serve.running import RunningServer, wait_until
+from tests.serve.running import REPOSITORY, RunningServer, wait_until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 
@@ -49,6 +52,46 @@ def test_a_workflow_from_plan_to_answer(client: openai.OpenAI, provider: Loopbac
     assert "clouds" in conclude.body["messages"][-1]["content"]
 
 
+def assert_like(found: Any, shown: Any, where: str = "answer") -> None:
+    """All that is shown is there, with values of its kind."""
+    if isinstance(shown, dict):
+        assert not shown.keys() - found.keys(), where
+        for key in shown:
+            assert_like(found[key], shown[key], f"{where}.{key}")
+    elif isinstance(shown, list):
+        assert len(found) == len(shown), where
+        for index, item in enumerate(shown):
+            assert_like(found[index], item, f"{where}[{index}]")
+    else:
+        kinds = [float if isinstance(value, int | float) and not isinstance(value, bool) else type(value)
+                 for value in (found, shown)]  # fmt: skip
+        assert kinds[0] is kinds[1], f"{where}: {found!r} is not like {shown!r}"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_guides_request_is_answered_as_the_guide_shows(
+    provider: LoopbackProvider, with_haproxy: RunningServer
+) -> None:
+    section = (REPOSITORY / "docs" / "ultra.md").read_text().partition("## From question to trace")[2]
+    command, shown = section.split("```sh\n")[1].split("```")[0], section.split("```json\n")[1].split("```")[0]
+    command = command.replace("http://127.0.0.1:8000", with_haproxy.url)
+    command = command.replace("curl -s", f"curl -sS --fail-with-body -H 'authorization: Bearer {KEY}'")
+    provider.enqueue(CHAIN, Behaviour(text="The Nile."), Behaviour(text="4"))
+    told = subprocess.run(["sh", "-c", command], capture_output=True, timeout=60, check=False)
+    assert told.returncode == 0, (told.stdout, told.stderr)
+    answer = json.loads(told.stdout)
+    assert_like(answer, json.loads(shown))
+    assert answer["choices"][0]["message"]["content"] == "4"
+    assert answer["choices"][0]["message"]["reasoning_content"].startswith("[plan] chain, 2 steps")
+    trace = answer["fugu"]
+    (round,) = trace["rounds"]
+    assert round["plan"]["topology"] == "chain"
+    assert [step["worker"] for step in round["steps"]] == ["first", "second"]
+    parts = [part["cost_usd"] for part in (*round["writings"], *round["steps"])]
+    assert all(cost > 0 for cost in parts)
+    assert trace["cost_usd"] == pytest.approx(sum(parts))
+
+
 def test_it_streams(client: openai.OpenAI, provider: LoopbackProvider) -> None:
     provider.enqueue(CHAIN, Behaviour(text="clouds"), Behaviour(text="yes a warm coat", chunk_delay=0.05))
     stream = client.chat.completions.create(model="fugu-ultra", messages=QUESTION, stream=True)
@@ -74,6 +117,14 @@ def test_ask_shows_the_plan_and_its_steps(provider: LoopbackProvider, with_hapro
     assert any(line.startswith("  2. second (reads 1): conclude from it · 0.") for line in lines)
 
 
+def answers(client: openai.OpenAI) -> bool:
+    """No connection meets HAProxy's change to its new configuration any more."""
+    try:
+        return all(client.models.list().data for _ in range(5))
+    except openai.OpenAIError:
+        return False
+
+
 def test_a_tool_loop_outlives_the_actor_that_remembers_it(
     client: openai.OpenAI, provider: LoopbackProvider, with_haproxy: RunningServer
 ) -> None:
@@ -82,9 +133,14 @@ def test_a_tool_loop_outlives_the_actor_that_remembers_it(
     assert asked.finish_reason == "tool_calls"
     assert asked.message.tool_calls is not None
     (call,) = asked.message.tool_calls
+    # SIGKILL for the actor and for a gateway: neither can say goodbye.
     (actor,) = with_haproxy.find("ray::MemoryActor")
-    actor.kill()
-    wait_until(lambda: not actor.is_running())
+    gateway, _ = with_haproxy.find("ray::ServeReplica:fugu:Gateway")
+    for process in (actor, gateway):
+        process.kill()
+        wait_until(lambda process=process: not process.is_running())
+    wait_until(lambda: len(with_haproxy.find("ray::ServeReplica:fugu:Gateway")) == 2, timeout=90)
+    wait_until(lambda: answers(client), timeout=30)
     result = {"role": "tool", "tool_call_id": call.id, "content": "rain at noon"}
     messages: Any = [*QUESTION, asked.message.model_dump(exclude_none=True), result]
     # Twice, and more often than there are gateways: whichever one gets it knows.

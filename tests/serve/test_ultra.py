@@ -19,7 +19,7 @@ from orchestrator.conductor_card import ConductorCard, write_card
 from orchestrator.workflow import Step, Workflow, render_workflow
 from serve.api.health import Readiness
 from serve.client import show_trace
-from serve.conductor import conducting, why_no_conductor
+from serve.conductor import Knobs, conducting, why_no_conductor
 from serve.gateway import Gateway
 from serve.router import OrderDecider
 from serve.store import SqliteStore
@@ -464,6 +464,14 @@ def test_an_adapter_is_served_for_what_it_was_trained_for_only(tmp_path: Path) -
     (tmp_path / "conductor.json").write_text(json.dumps({"workers": []}))
     with pytest.raises(CheckpointError, match=r"conductor\.json"):
         why_no_conductor(fits)
+
+
+@pytest.mark.parametrize(("provider", "structured"), [("vllm", True), ("openai", False)])
+def test_a_worker_on_vllm_writes_plans_under_a_grammar(provider: str, structured: bool) -> None:
+    specs = [{"name": "a", "provider": "openai", "model": "m"}, {"name": "c", "provider": provider, "model": "m"}]
+    made = FuguConfig.model_validate({"workers": specs, "conductor": {"worker": "c"}})
+    workers = {name: Scripted(name, "x") for name in "ac"}
+    assert conducting(made, workers).settings(Knobs()).structured is structured
 
 
 def test_a_disabled_worker_conducts_nothing(tmp_path: Path) -> None:
