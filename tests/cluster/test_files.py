@@ -222,6 +222,17 @@ def test_a_nodes_environment(tmp_path: Path) -> None:
     assert Path(found["RAY_SERVE_HAPROXY_BINARY_PATH"]).is_relative_to(tmp_path)
 
 
+def test_the_environment_within_itself(tmp_path: Path) -> None:
+    """As in `ray exec`, whose shell reads the profile before it runs node.sh again: HAProxy's wrapper stays one."""
+    code = "import os; from pathlib import Path; print(Path(os.environ['RAY_SERVE_HAPROXY_BINARY_PATH']).read_text())"
+    once = node(tmp_path, "run", "python", "-c", code)
+    again = node(tmp_path, "run", "sh", str(ROOT / "cluster" / "node.sh"), "run", "python", "-c", code)
+    assert once.returncode == again.returncode == 0, again.stderr
+    assert once.stdout == again.stdout
+    (binary,) = {line.split("'")[1] for line in once.stdout.splitlines() if line.startswith("exec '")}
+    assert Path(binary).read_bytes()[:4] == b"\x7fELF"
+
+
 def test_an_unknown_action_is_refused(tmp_path: Path) -> None:
     told = node(tmp_path, "launch")
     assert told.returncode == 2
