@@ -134,12 +134,7 @@ def deploy(cluster: Path | str, config: Mapping[str, Any], wait: float) -> None:
             _run([*serve, "deploy", "--address", cluster, str(file)], "serve deploy")
             return
         _run([*_ray(), "rsync-up", str(cluster.resolve()), str(file), SERVE_FILE], "sending the configuration")
-    command = f"run serve deploy --address {DASHBOARD} {SERVE_FILE}"
-    try:
-        on_head(cluster, command, "serve deploy")
-    except ClusterError:
-        # Serve's first start gives up on proxies that need longer than it waits; a second finds them started.
-        on_head(cluster, command, "serve deploy, the second time")
+    on_head(cluster, f"run serve deploy --address {DASHBOARD} {SERVE_FILE}", "serve deploy")
     on_head(cluster, f"run fugu status --wait {wait:g}", "waiting for the deployments", seconds=wait + COMMAND_SECONDS)
 
 

@@ -74,8 +74,6 @@ def settings(config: ServeConfig, folder: Path, ports: Sequence[int]) -> dict[st
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "1",
         # A proxy that starts on a busy machine is killed after this, and `serve deploy` fails with it; 5 is Ray's own.
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-        # The same for HAProxy itself, which runs with the low priority that Ray gives its actors; 30 is Ray's own.
-        "RAY_SERVE_HAPROXY_STARTUP_TIMEOUT_S": "55",
         # Router and local engine share cores: threads that spin at a barrier while another process needs the core
         # made small matrix products several times slower.
         "OMP_WAIT_POLICY": "PASSIVE",
