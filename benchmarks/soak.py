@@ -132,7 +132,9 @@ def create_key(state: Path) -> str:
     """A key with an account, so that every request is metered; as a user makes it."""
     command = [sys.executable, str(ROOT / "fugu.py"), "keys", "create", "soak", "--tpm", "1000000000"]
     environment = {**os.environ, "FUGU_STATE": str(state)}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode:
+        raise SystemExit(f"no key could be made: {done.stderr}")
     return done.stdout.strip()
 
 

@@ -39,7 +39,8 @@ class Ended:
 @dataclass(slots=True)
 class Load:
     """What was sent and became of it. `direct` are (at, seconds) of calls to the provider without the server between;
-    `unsent` counts requests whose time came with `AT_ONCE` others under way."""
+    `unsent` counts requests whose time came with `AT_ONCE` others under way, or
+    not at all."""
 
     ended: list[Ended] = field(default_factory=list)
     direct: list[tuple[float, float]] = field(default_factory=list)
@@ -66,8 +67,8 @@ class Target:
 
 
 async def drive(target: Target, load: Load, *, rate: float, seconds: float) -> None:
-    """Send `rate` requests per second for `seconds`, then wait for the last of them. What happens is in `load` as it
-    happens."""
+    """Send `rate` requests per second for `seconds`, then wait for the last of them. A generator that is late sends
+    what it owes at once, and nothing after the time is over. What happens is in `load` as it happens."""
     rng = random.Random(target.seed)
     timeout = aiohttp.ClientTimeout(total=LONGEST)
     connector = aiohttp.TCPConnector(limit=0)
@@ -77,7 +78,7 @@ async def drive(target: Target, load: Load, *, rate: float, seconds: float) -> N
         for number in range(int(rate * seconds)):
             await asyncio.sleep(max(0.0, number / rate - (time.perf_counter() - began)))
             path, stream, leaves = rng.choice(PATHS), rng.random() < 0.5, rng.random() < LEAVING
-            if len(under_way) >= AT_ONCE:
+            if len(under_way) >= AT_ONCE or time.perf_counter() - began > seconds + 1:
                 load.unsent += 1
                 continue
             load.sent += 1
