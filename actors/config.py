@@ -239,6 +239,7 @@ class ConductorConfig(Strict):
     `style` and `show_names` are what an adapter was trained with: `compact` is for very small models; with names the
     prompt tells who the workers are, else they are numbers. `examples` can be left out of the paper's style. `steps` is
     how workers are told their parts: with the whole task (`full`), or, for very small ones, the subtask alone (`bare`).
+    `assign` says whose word holds on who does a step: the conductor's, or the router's, which needs a checkpoint.
     `max_rounds` is how often it may plan, seeing its last result (1: once), and `max_recursion` how deep a step may
     be handed to the conductor itself. `retries` is how often it may write again what is no workflow; then the best
     single worker answers. `fallbacks` is how many other workers a failed step may go to, `on_failure` what happens
@@ -260,6 +261,7 @@ class ConductorConfig(Strict):
     show_names: bool = False
     examples: bool = True
     steps: Literal["full", "bare"] = "full"
+    assign: Literal["conductor", "router"] = "conductor"
     max_steps: Annotated[int, Field(ge=1, le=5)] = 5
     max_rounds: Annotated[int, Field(ge=1, le=8)] = 1
     max_recursion: Annotated[int, Field(ge=0, le=3)] = 0
@@ -376,6 +378,8 @@ class FuguConfig(Strict):
             raise ValueError(f"no worker can be called {CONDUCTOR}: that is what a plan calls its writer")
         if self.conductor.worker is not None and self.conductor.worker not in names:
             raise ValueError(f"conductor.worker: there is no worker {self.conductor.worker}")
+        if self.conductor.assign == "router" and self.router.checkpoint is None:
+            raise ValueError("conductor.assign: the router can assign steps only with a router.checkpoint")
         return self
 
 

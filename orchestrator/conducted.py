@@ -24,8 +24,9 @@ class Writing:
 @dataclass(slots=True)
 class PlanRound:
     """One round: what was written, and the run that came of it. `kept`: three empty lists, so the answer before stands.
-    `bare`: no workflow came about, and the best single worker was asked; `reason` says why. `nested` holds what became
-    of steps that the conductor gave to itself."""
+    `bare`: the conversation as it is went to one worker, because no workflow came about (`reason` says why), or because
+    the plan had one step and a router says whose it is. `nested` holds what became of steps that the conductor gave to
+    itself."""
 
     number: int
     writings: list[Writing] = field(default_factory=list)
@@ -36,6 +37,11 @@ class PlanRound:
     reason: str | None = None
     resumed: bool = False
     nested: list[Conducted] = field(default_factory=list)
+
+    @property
+    def planned(self) -> bool:
+        """The workflow is one that the conductor wrote."""
+        return self.workflow is not None and not (self.bare and (self.resumed or self.reason is not None))
 
     @property
     def planning_s(self) -> float:

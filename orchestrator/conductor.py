@@ -28,6 +28,7 @@ from actors.errors import (
 )
 from actors.messages import ChatReply, ChatRequest, Chunk, Message, ToolCallDelta, Worker
 from orchestrator import access, memory, pausing
+from orchestrator.assign import assigned, conversations, is_whole
 from orchestrator.budget import Account, Budget, Clock, Resource
 from orchestrator.conducted import Conducted as Conducted
 from orchestrator.conducted import ConductEvent, FellBack, Kept, Planned, PlanRound, Rejected, Stepped, Writing
@@ -157,7 +158,7 @@ class _Conducting:
             self.conducted.out_of = run.out_of
             if run.answer is not None and (run.complete or self.conducted.answer is None):
                 self.conducted.answer = run.answer
-            if this.bare or run.answer is None or run.out_of is not None:
+            if not this.planned or run.answer is None or run.out_of is not None:
                 break
             self.said.append(Round(self._written(this), run.answer.text))
         if self.shown and isinstance(error, AllWorkersFailedError):
@@ -179,7 +180,7 @@ class _Conducting:
                             {"fugu.plan.round": this.number + 1, "fugu.plan.depth": depth, "fugu.plan.try": attempt + 1}
                         )
                     reply, seconds = await self._write(this, mistakes[-1:], attempt)
-                    workflow = self._read(reply)
+                    workflow = await self._assigned(this, self._read(reply))
                     if span is not None:
                         span.set({"fugu.plan.steps": len(workflow.steps), "fugu.plan.topology": workflow.topology})
             except (WorkerError, ContextLengthError, BudgetError, DeadlineError) as error:
@@ -214,6 +215,15 @@ class _Conducting:
             allow_self=self._may_recurse,
             allow_empty=bool(self.said),
         )
+
+    async def _assigned(self, this: PlanRound, workflow: Workflow) -> Workflow:
+        """The workflow in the hands of whom the router names, where one assigns."""
+        assign = self.pool.assign
+        if assign is None or not workflow.steps:
+            return workflow
+        this.bare = is_whole(workflow)
+        asked = conversations(workflow, self.request.messages)
+        return assigned(workflow, await assign(asked, frozenset(self.pool.workers)) if asked else ())
 
     async def _write(self, this: PlanRound, mistakes: Sequence[Mistake], attempt: int) -> tuple[ChatReply, float]:
         asked = plan_request(
@@ -262,7 +272,7 @@ class _Conducting:
         def itself(index: int) -> Worker:
             return _Nested(self, this, index, None if resumed is None else resumed.nested.get(index))
 
-        certain = this.bare or this.number + 1 >= self.settings.max_rounds
+        certain = not this.planned or this.number + 1 >= self.settings.max_rounds
 
         def tell(event: StepEvent) -> None:
             if isinstance(event, StepChunk) and (event.chunk.text or event.chunk.reasoning):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from actors.errors import DeadlineError
 from actors.messages import ChatReply, ChatRequest, Worker
+from orchestrator.assign import Assign
 from orchestrator.budget import Account, Clock
 from orchestrator.conductor_prompt import Mistake, PromptSettings, Round, conductor_messages
 from orchestrator.executor import ExecutorSettings
@@ -37,11 +38,13 @@ class ConductorSettings:
 @dataclass(frozen=True, slots=True)
 class Pool:
     """The workers as a conductor numbers them: `names` is the whole pool, in order; `workers` those that this request
-    may use; `about` a line about a worker, for prompts that show names."""
+    may use; `about` a line about a worker, for prompts that show names. With `assign` the conductor says what is to be
+    done, and a router who does it."""
 
     names: tuple[str, ...]
     workers: Mapping[str, Worker]
     about: Mapping[str, str] = field(default_factory=dict)
+    assign: Assign | None = None
 
 
 def plan_request(

@@ -116,6 +116,12 @@ def grpo(
         float | None, typer.Option(help="Reward of a right answer; the paper's code: 1.5.", show_default="1")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, max=2, help="2: half of the workflows are planned upon again.")] = 1,
+    assign: Annotated[
+        Literal["conductor", "router"] | None,
+        typer.Option(
+            help="Who gives steps to workers; the router's head must be of this pool.", show_default="conductor"
+        ),
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="Learn all weights, not an adapter.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, show_default="0")] = None,
     validate_every: Annotated[int | None, typer.Option(min=1, show_default="10")] = None,
@@ -157,6 +163,7 @@ def grpo(
             "model": model,
             "sources": tuple(tasks) if tasks else None,
             "single": single,
+            "assign": assign,
             "validate_every": validate_every,
             "validation": validation,
             "checkpoint_every": checkpoint_every,

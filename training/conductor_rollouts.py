@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -17,8 +17,10 @@ from typing import Protocol, Self
 from actors.errors import GradingError, PlanError
 from actors.messages import ChatReply, ChatRequest, Message, Worker
 from orchestrator.access import StepStyle
+from orchestrator.assign import assigned, conversations, is_whole
 from orchestrator.budget import Budget
 from orchestrator.executor import ExecutorSettings, execute
+from orchestrator.router import Router
 from orchestrator.workflow import MAX_STEPS, parse_workflow
 from training.calls import CallStore, Key, PaidOnce, call_cache
 from training.grading import graded
@@ -42,12 +44,14 @@ class RolloutSettings:
 @dataclass(frozen=True)
 class Written:
     """What a conductor wrote for a task, with the workers that it might use. `before` is the answer of an earlier
-    round, which three empty lists keep; None in the first round."""
+    round, which three empty lists keep; None in the first round. `workers` are those that a router gave the steps to
+    (`orchestrator.assign`), None where the conductor's word holds."""
 
     task: Task
     text: str
     allowed: tuple[str, ...]
     before: str | None = None
+    workers: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,9 @@ async def play(
     if not workflow.steps:
         assert written.before is not None
         return await _graded(written, written.before, workers, settings, Played(None, None, topology="empty"))
+    whole = written.workers is not None and is_whole(workflow)
+    if written.workers is not None:
+        workflow = assigned(workflow, written.workers)
     request = ChatRequest(
         (Message("user", written.task.prompt),),
         temperature=settings.temperature,
@@ -105,6 +112,7 @@ async def play(
         {name: workers[name] for name in written.allowed},
         settings=ExecutorSettings(fallbacks=0, steps=settings.steps),
         budget=Budget(seconds=settings.seconds),
+        prepare=lambda _step, asked: asked.with_(messages=request.messages) if whole else asked,
     )
     about = Played(
         None,
@@ -170,3 +178,37 @@ class InProcessRollouts:
     ) -> None:
         self._runner.close()
         self._store.close()
+
+
+@dataclass
+class AssignedRollouts:
+    """`rollouts` of plans whose steps a router gives to workers. What it said of a question is remembered."""
+
+    rollouts: Rollouts
+    pool: Sequence[str]
+    router: Router
+    max_steps: int = MAX_STEPS
+    _known: dict[tuple[tuple[Message, ...], frozenset[str]], str] = field(default_factory=dict)
+
+    def play(self, written: Sequence[Written]) -> list[Played]:
+        asked = [(self._conversations(one), frozenset(one.allowed)) for one in written]
+        every = dict.fromkeys((talk, allowed) for talks, allowed in asked for talk in talks)
+        new = [key for key in every if key not in self._known]
+        decided = self.router.decide([talk for talk, _ in new], [allowed for _, allowed in new], [None] * len(new))
+        self._known.update((key, decision.worker) for key, decision in zip(new, decided, strict=True))
+        return self.rollouts.play(
+            [
+                replace(one, workers=tuple(self._known[talk, allowed] for talk in talks))
+                for one, (talks, allowed) in zip(written, asked, strict=True)
+            ]
+        )
+
+    def _conversations(self, one: Written) -> list[tuple[Message, ...]]:
+        """None for what is no plan, or has no step."""
+        try:
+            workflow = parse_workflow(
+                one.text, self.pool, allowed=one.allowed, max_steps=self.max_steps, allow_empty=one.before is not None
+            )
+        except PlanError:
+            return []
+        return conversations(workflow, (Message("user", one.task.prompt),)) if workflow.steps else []

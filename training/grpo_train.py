@@ -25,14 +25,16 @@ import torch  # isort: skip
 from actors.config import FuguConfig, load_config
 from actors.errors import ConfigError
 from actors.model_files import EMBEDDED_ALIAS, ModelFiles, resolve_model
+from orchestrator.assign import WhoAssigns
 from orchestrator.conductor_card import ConductorCard, write_card
 from orchestrator.conductor_prompt import PromptSettings
 from training.conductor_questions import Number, Question, Subsets, endless, listed, question_at
-from training.conductor_rollouts import InProcessRollouts, Rollouts, RolloutSettings, Written
+from training.conductor_rollouts import AssignedRollouts, InProcessRollouts, Rollouts, RolloutSettings, Written
 from training.grpo_curves import draw, shown
 from training.grpo_rounds import Recursion, Sampler, make_batch, summary
 from training.in_process import in_process, shares_one_model
 from training.lora_run import rows_of
+from training.systems import pool_router
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,6 +61,7 @@ class GrpoRun:
     tasks with a share `single` for one specialist each. Every `validate_every` steps `validation` fixed questions of
     the split `val` are planned at `val_temperature`. `batch` bounds the calls at once of workers in this process;
     others run over Ray (`address`: join one), `concurrency` rollouts at once on each CPU, a batch in `seconds`.
+    `assign` "router": the pool's head says who does a step, and only what is to be done is learnt.
     With `vllm` plans are sampled by engines over Ray that pick up the adapter each step, else by the model that learns.
     `architecture` describes a model whose files are not there, for a dry run (keys as in its `config.json`).
     """
@@ -73,6 +76,7 @@ class GrpoRun:
     subsets: Subsets = field(default_factory=Subsets)
     recursion: Recursion = field(default_factory=Recursion)
     vllm: VllmSettings | None = None
+    assign: WhoAssigns = "conductor"
     rollouts: RolloutSettings = field(default_factory=RolloutSettings)
     prompt: PromptSettings = COMPACT
     state: Path | None = None
@@ -161,7 +165,10 @@ def run(settings: GrpoRun, rollouts: Rollouts | None = None) -> GrpoReport:
         raise ConfigError(f"{settings.folder} holds the state of a run; resume it, or remove that folder")
     validation = [Question(held(index), pool) for index in range(settings.validation)]
     started = time.monotonic()
+    router = pool_router(config) if settings.assign == "router" else None
     with nullcontext(rollouts) if rollouts is not None else rollouts_of(settings, config) as played:
+        if router is not None:
+            played = AssignedRollouts(played, pool, router, settings.rollouts.max_steps)
         _train(learner, settings, played, pool, tasks, validation, files)
     learner.export(settings.out, base=files.id)
     prompt = settings.prompt
@@ -337,7 +344,7 @@ def identity(settings: GrpoRun, config: FuguConfig, model: str) -> dict[str, Any
     about = described(settings)
     own = {"provider", "model", "system", "defaults", "adapter"}
     workers = [spec.model_dump(mode="json", include={"name", *own}) for spec in config.active]
-    kept = ("start", "sources", "single", "subsets", "recursion", "rollouts", "prompt")
+    kept = ("start", "sources", "single", "assign", "subsets", "recursion", "rollouts", "prompt")
     return {"model": model, "workers": json.dumps(workers)} | {name: json.dumps(about[name]) for name in kept}
 
 

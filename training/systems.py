@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.config import RouterConfig
+from actors.config import FuguConfig, RouterConfig
+from actors.errors import ConfigError
 from actors.messages import ChatReply, ChatRequest, Message, Worker
 from actors.model_files import resolve_model
 from orchestrator import coordinator, dispatch
@@ -78,6 +79,33 @@ class Decider:
                 future.set_result(decision)
 
 
+def pool_router(config: FuguConfig) -> Router:
+    """The router of a configuration, in this process.
+
+    Raises:
+        ConfigError: it has no checkpoint.
+        CheckpointError: the checkpoint is of another pool.
+    """
+    if config.router.checkpoint is None:
+        raise ConfigError("router.checkpoint: a router assigns steps, and the configuration has no trained head")
+    names = [spec.name for spec in config.active]
+    return _loaded(config.router.checkpoint, names, config.router.max_tokens, None, "auto")
+
+
+def _loaded(checkpoint: Path, pool: Sequence[str], max_tokens: int, backbone: str | None, device: Device) -> Router:
+    head = load_checkpoint(checkpoint)
+    files = resolve_model(backbone or head.info.backbone, revision=head.info.revision)
+    return Router.load(
+        files.folder,
+        checkpoint,
+        pool,
+        max_tokens=max_tokens,
+        device=device,
+        backbone=files.id,
+        revision=files.revision,
+    )
+
+
 def router_systems(
     checkpoint: Path,
     pool: Sequence[str],
@@ -95,19 +123,9 @@ def router_systems(
     Raises:
         CheckpointError, ConfigError: as `orchestrator.router.Router.load`.
     """
-    head = load_checkpoint(checkpoint)
-    files = resolve_model(backbone or head.info.backbone, revision=head.info.revision)
-    router = Router.load(
-        files.folder,
-        checkpoint,
-        pool,
-        max_tokens=max_tokens or config.max_tokens,
-        device=device,
-        backbone=files.id,
-        revision=files.revision,
-    )
+    router = _loaded(checkpoint, pool, max_tokens or config.max_tokens, backbone, device)
     decide = Decider(router, frozenset(allowed))
-    method = str(head.info.trained.get("method", ""))
+    method = str(router.checkpoint.info.trained.get("method", ""))
 
     async def fugu(request: ChatRequest, workers: Mapping[str, Worker]) -> ChatReply:
         decision = await decide(request.messages)
@@ -123,7 +141,7 @@ def router_systems(
         return session.response or ChatReply("")
 
     systems = [System(f"fugu{suffix}", fugu, method)]
-    if head.info.roles:
+    if router.checkpoint.info.roles:
         systems.append(System(f"fugu-trinity{suffix}", trinity, method))
     return systems
 

@@ -39,12 +39,14 @@ from training.in_process import in_process
 from training.metering import Meter, MeteredWorker, PaidCalls, Purse
 from training.outcomes import Task
 from training.spending import Budget
+from training.systems import pool_router, router_systems
 from training.ultra_report import Row, UltraReport, draw_topologies, write_report
 from training.ultra_systems import (
     Contestant,
     Told,
     alone,
     as_system,
+    assigner,
     conducted,
     mixture_of_agents,
     panel,
@@ -53,6 +55,9 @@ from training.ultra_systems import (
 
 TRAINED, WARM, UNTRAINED = "conductor", "conductor-warm", "conductor-untrained"
 ULTRA = "fugu-ultra"
+WARM_ONLY, NOT_TRAINED = "warm start only", "untrained conductor"
+OWN = "its own choice of workers"
+"""Beside a conductor whose steps a router assigns: the same where its own word holds."""
 
 
 @dataclass(frozen=True)
@@ -157,12 +162,18 @@ def _contestants(settings: UltraRun, config: FuguConfig, ranking: Sequence[str])
         executor=ExecutorSettings(steps=card.steps),
     )
     best, calls = ranking[0], settings.calls
-    found = [conducted(ULTRA, TRAINED, card.workers, how, ranking=ranking)]
+    routed = config.conductor is not None and config.conductor.assign == "router"
+    assign = assigner(pool_router(config)) if routed else None
+    found = [conducted(ULTRA, TRAINED, card.workers, how, ranking=ranking, assign=assign)]
+    if routed:
+        found.append(conducted(f"{ULTRA}, {OWN}", TRAINED, card.workers, how, ranking=ranking))
     if settings.warm is not None:
-        found.append(conducted("warm start only", WARM, card.workers, how, ranking=ranking))
+        found.append(conducted(WARM_ONLY, WARM, card.workers, how, ranking=ranking, assign=assign))
+        if routed:
+            found.append(conducted(f"{WARM_ONLY}, {OWN}", WARM, card.workers, how, ranking=ranking))
     if settings.untrained:
         plain = replace(how, prompt=PromptSettings(), executor=ExecutorSettings())
-        found.append(conducted("untrained conductor", UNTRAINED, card.workers, plain, ranking=ranking))
+        found.append(conducted(NOT_TRAINED, UNTRAINED, card.workers, plain, ranking=ranking, assign=assign))
     found.append(self_consistency(best, calls))
     found.append(panel([ranking[n % len(ranking)] for n in range(calls - 1)], best))
     width = max(1, (calls - 1) // 2)
@@ -170,7 +181,9 @@ def _contestants(settings: UltraRun, config: FuguConfig, ranking: Sequence[str])
     found += _routers(config, names)
     if settings.subsets and len(names) > 1:
         found += [
-            conducted(f"{ULTRA} without {name}", TRAINED, card.workers, how, ranking=ranking, without=(name,))
+            conducted(
+                f"{ULTRA} without {name}", TRAINED, card.workers, how, ranking=ranking, without=(name,), assign=assign
+            )
             for name in names
         ]
     return found
@@ -179,8 +192,6 @@ def _contestants(settings: UltraRun, config: FuguConfig, ranking: Sequence[str])
 def _routers(config: FuguConfig, names: Sequence[str]) -> list[Contestant]:
     if config.router.checkpoint is None:
         return []
-    from training.systems import router_systems
-
     return [as_system(one) for one in router_systems(config.router.checkpoint, names, names, config.router)]
 
 
@@ -250,8 +261,8 @@ def _with_plan(attempt: Attempt, told: Told) -> Attempt:
         return attempt
     return replace(
         attempt,
-        planned=not last.bare,
-        topology=last.workflow.topology if not last.bare else "none",
+        planned=last.planned,
+        topology=last.workflow.topology if last.planned else "none",
         workers=tuple(step.worker for step in last.workflow.steps),
         seconds=told.conducted.planning_s + sum(step.seconds for step in last.run.steps),
         critical_s=told.conducted.critical_path_s,
@@ -332,7 +343,7 @@ def _against(
     best of those that remain."""
     composite = scores["composite"]
     found = {}
-    for other in ("warm start only", "untrained conductor"):
+    for other in (WARM_ONLY, NOT_TRAINED, f"{ULTRA}, {OWN}"):
         if other in contestants:
             found[f"{ULTRA} over {other}"] = bootstrap(composite[ULTRA] - composite[other], rng)
     for name in names:
@@ -341,6 +352,9 @@ def _against(
             best = max(rest, key=lambda one: float(composite[one].mean()))
             gain = composite[f"{ULTRA} without {name}"] - composite[best]
             found[f"{ULTRA} without {name} over {best}"] = bootstrap(gain, rng)
+    if f"{WARM_ONLY}, {OWN}" in contestants:
+        gain = composite[f"{ULTRA}, {OWN}"] - composite[f"{WARM_ONLY}, {OWN}"]
+        found[f"{ULTRA} over {WARM_ONLY}, {OWN}"] = bootstrap(gain, rng)
     if "fugu" in contestants:
         found[f"{ULTRA} over fugu, single tasks"] = bootstrap(scores["single"][ULTRA] - scores["single"]["fugu"], rng)
     return found

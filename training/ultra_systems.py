@@ -13,8 +13,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from actors.messages import ChatReply, ChatRequest, Message, Worker
+from orchestrator.assign import Assign, Conversation
 from orchestrator.conductor import Conducted, ConductorSettings, Pool, conduct
 from orchestrator.conductor_prompt import quote
+from orchestrator.router import Router
 from training.grading import final_answer, normalise
 from training.systems import System
 
@@ -110,18 +112,31 @@ def conducted(
     *,
     ranking: Sequence[str],
     without: Sequence[str] = (),
+    assign: Assign | None = None,
 ) -> Contestant:
     """What a conductor makes of the pool but for the workers `without`. `numbers` are the workers in the order of its
-    training; `ranking` says whom a request goes to without a plan."""
+    training; `ranking` says whom a request goes to without a plan; with `assign` a router says who does a step."""
 
     async def ask(request: ChatRequest, workers: Mapping[str, Worker]) -> Told:
-        pool = Pool(tuple(numbers), {one: workers[one] for one in numbers if one in workers and one not in without})
+        left = {one: workers[one] for one in numbers if one in workers and one not in without}
+        pool = Pool(tuple(numbers), left, assign=assign)
         best = [one for one in ranking if one not in without]
         found = await conduct(request, workers[writer], pool, best, settings)
         assert found.answer is not None, "a conducted request has an answer or raises"
         return Told(found.answer, found)
 
     return Contestant(name, ask)
+
+
+def assigner(router: Router) -> Assign:
+    """The best workers by a router of this process."""
+
+    async def assign(conversations: Sequence[Conversation], allowed: frozenset[str]) -> Sequence[str | None]:
+        count = len(conversations)
+        decisions = await asyncio.to_thread(router.decide, conversations, [allowed] * count, [None] * count)
+        return [decision.worker for decision in decisions]
+
+    return assign
 
 
 def _with_answers(request: ChatRequest, replies: Sequence[ChatReply]) -> ChatRequest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from actors.errors import FuguError, NoWorkerAllowedError
 from actors.messages import ChatReply, ChatRequest, Chunk, ToolCallDelta
 from orchestrator import memory
+from orchestrator.assign import Assign, Conversation
 from orchestrator.budget import Account
 from orchestrator.conducted import Conducted, ConductEvent, Stepped
 from orchestrator.conductor import Pool, conduct
@@ -20,10 +21,11 @@ from orchestrator.events import Events
 from orchestrator.memory import Resumed
 from orchestrator.run import Run, StepChunk
 from serve.api import ultra_view
-from serve.api.job import Deciding, Done, Event, Job
+from serve.api.job import Deciding, Done, Event, Job, Wishes
 from serve.conductor import Conducting
 from serve.sticky import Marks
 from serve.store import Kept, Store
+from serve.trace import Choice
 from serve.translate import tokens_body
 
 ULTRA = "fugu-ultra"
@@ -79,13 +81,31 @@ class UltraEngine:
                 f"fugu: the constraints leave no worker that the conductor knows; those are {', '.join(names)}",
                 param="fugu",
             )
-        return Pool(names, workers, self._conducting.about)
+        assign = self._assign(job) if self._conducting.config.assign == "router" else None
+        return Pool(names, workers, self._conducting.about, assign)
+
+    def _assign(self, job: Job) -> Assign:
+        """The router's best worker for each conversation, all asked at the same time. Where it cannot be reached, the
+        order of the file would decide, which knows less than the plan."""
+
+        async def best(conversation: Conversation, allowed: frozenset[str]) -> str | None:
+            choice, ranked = await self._decided(job.request.with_(messages=conversation), job.wishes)
+            known = () if choice.source == "order" else ranked
+            return next((name for name in known if name in allowed), None)
+
+        async def assign(conversations: Sequence[Conversation], allowed: frozenset[str]) -> Sequence[str | None]:
+            return await asyncio.gather(*(best(each, allowed) for each in conversations))
+
+        return assign
 
     async def _ranking(self, job: Job, request: ChatRequest) -> tuple[str, ...]:
         """The workers as the router ranks them, all that are allowed; noted in the trace."""
-        choice, _ = await self._deciding.choose(request, job.wishes, seed=job.wishes.seed)
-        job.trace.choice = choice
-        return rank(choice.worker, choice.probabilities, job.wishes.allowed, len(job.wishes.allowed))
+        job.trace.choice, ranked = await self._decided(request, job.wishes)
+        return ranked
+
+    async def _decided(self, request: ChatRequest, wishes: Wishes) -> tuple[Choice, tuple[str, ...]]:
+        choice, _ = await self._deciding.choose(request, wishes, seed=wishes.seed)
+        return choice, rank(choice.worker, choice.probabilities, wishes.allowed, len(wishes.allowed))
 
     async def _resumed(self, request: ChatRequest, owner: str) -> Resumed | None:
         """The workflow whose tools the conversation ends with the results of.

@@ -21,8 +21,9 @@ from serve.api.health import Readiness
 from serve.client import show_trace
 from serve.conductor import Knobs, conducting, why_no_conductor
 from serve.gateway import Gateway
-from serve.router import OrderDecider
+from serve.router import Decider, OrderDecider, Question
 from serve.store import SqliteStore
+from serve.trace import Choice
 from tests.serve.test_gateway import events, get, post
 
 NAMES = ("a", "b", "c")
@@ -78,7 +79,16 @@ CHAIN = plan(("a", "reverse the word", ()), ("b", "count <b>letters</b>", (0,)))
 class Ultra:
     """A gateway over workers a, b, c; c writes the plans. `store` outlives it."""
 
-    def __init__(self, folder: Path, writes: Any, *, a: Any = "pmal", b: Any = "four letters", **conductor: Any):
+    def __init__(
+        self,
+        folder: Path,
+        writes: Any,
+        *,
+        a: Any = "pmal",
+        b: Any = "four letters",
+        decider: Decider | None = None,
+        **conductor: Any,
+    ):
         left = list(writes) if isinstance(writes, list) else None
         self.a, self.b = Scripted("a", a), Scripted("b", b)
         self.c = Scripted("c", writes if left is None else lambda _: left.pop(0))
@@ -86,12 +96,19 @@ class Ultra:
         price = {"price": {"input": 1, "output": 10}} if conductor.pop("prices", True) else {}
         specs = [{"name": name, "provider": "openai", "model": "m", **price} for name in NAMES]
         self.config = FuguConfig.model_validate(
-            {"workers": specs, "serve": serve, "conductor": {"worker": "c", **conductor}}
+            {
+                "workers": specs,
+                "serve": serve,
+                "router": {"checkpoint": "head.safetensors"},
+                "conductor": {"worker": "c", **conductor},
+            }
         )
         workers = {worker.name: worker for worker in (self.a, self.b, self.c)}
         self.store = SqliteStore(folder / "workflows.sqlite")
         ultra = conducting(self.config, workers), self.store
-        self.app = Gateway(self.config, list(workers.values()), OrderDecider(NAMES), Readiness({}), ultra=ultra)
+        self.app = Gateway(
+            self.config, list(workers.values()), decider or OrderDecider(NAMES), Readiness({}), ultra=ultra
+        )
 
     async def ask(self, **fields: Any) -> Any:
         return await post(self.app, model="fugu-ultra", **fields)
@@ -429,6 +446,38 @@ async def test_a_missing_result_is_the_callers_fault(tmp_path: Path) -> None:
 
 
 # Whether it is served ------------------------------------------------------------------------------------------------
+
+
+class ByWords(OrderDecider):
+    """A head that knows who is good with words, or (`source` order) cannot be reached."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(NAMES)
+        self.source = source
+        self.asked: list[str] = []
+
+    async def choose(self, question: Question) -> Choice:
+        text = question.messages[-1].text
+        self.asked.append(text)
+        best = "b" if "reverse" in text else "a"
+        return Choice(best, {best: 0.9, **{name: 0.05 for name in NAMES if name != best}}, self.source)
+
+
+@pytest.mark.parametrize(("source", "hands"), [("head", ["b", "a"]), ("order", ["a", "b"])])
+async def test_the_router_assigns_the_steps_where_it_can(tmp_path: Path, source: str, hands: list[str]) -> None:
+    decider = ByWords(source)
+    ultra = Ultra(tmp_path, CHAIN, decider=decider, assign="router")
+    trace = (await ultra.ask(fugu={"trace": True})).json()["fugu"]
+    (round,) = trace["rounds"]
+    assert [step["worker"] for step in round["plan"]["steps"]] == hands
+    assert [step["worker"] for step in round["steps"]] == hands
+    assert decider.asked[1:] == ["reverse the word", "count <b>letters</b>"]
+
+
+def test_the_router_cannot_assign_without_a_head() -> None:
+    workers = [{"name": "a", "provider": "openai", "model": "m"}]
+    with pytest.raises(ValueError, match=r"only with a router\.checkpoint"):
+        FuguConfig.model_validate({"workers": workers, "conductor": {"worker": "a", "assign": "router"}})
 
 
 async def test_it_is_listed_where_there_is_a_conductor(tmp_path: Path) -> None:

@@ -57,6 +57,21 @@ def test_rewards_are_nothing_for_no_plan_half_for_a_wrong_one_and_one_for_a_righ
     assert played(one, wrong).failure == ""
 
 
+def test_a_router_gives_the_steps_to_workers_and_a_plan_of_one_step_the_question() -> None:
+    one = problem("largest_plus")
+    right = tuple(step.ground for step in one.plan)
+    wrong = Workflow(tuple(Step("logic", step.subtask, step.access) for step in one.plan))
+    assert played(one, short_plan(wrong, GROUNDS)).score == 0
+    found = played(one, short_plan(wrong, GROUNDS), workers=right)
+    assert (found.score, found.workers) == (1.0, right)
+    workers = specialists(one.composition)
+    alone = Written(
+        one.task("it"), short_plan(Workflow((Step("logic", "a copy"),)), GROUNDS), GROUNDS, workers=("words",)
+    )
+    asyncio.run(play(alone, GROUNDS, workers, BARE))
+    assert [request.messages[-1].text for request in workers["words"].asked] == [one.prompt]
+
+
 def test_a_worker_that_may_not_be_used_makes_it_no_plan() -> None:
     one = problem("largest_plus")
     written = Written(one.task("it"), short_plan(gold(one), GROUNDS), ("words", "logic"))
