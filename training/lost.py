@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import ray
@@ -14,7 +14,7 @@ _LOSSES = 6
 _PAUSE = 0.5
 
 
-async def streamed(ends: Any) -> AsyncIterator[Any]:
+async def streamed(ends: Any) -> AsyncGenerator[Any, None]:
     """The values behind the references of a task with `num_returns="streaming"`. The task is cancelled when nobody
     waits for the rest. One that has ended is left alone: a cancellation that meets the end of its task makes Ray's
     driver exit with a failed check.
