@@ -81,9 +81,10 @@ def main() -> None:
             systems.append(System(name, f"http://127.0.0.1:{port}/v1/chat/completions", "fugu"))
         for system in systems:
             measure(system, CONCURRENCY[-1], 3.0)  # warm
-        for _ in range(rounds):
+        for number in range(rounds):
+            turned = systems[number % len(systems) :] + systems[: number % len(systems)]  # nobody is always the first
             for concurrency in CONCURRENCY:
-                for system in systems:
+                for system in turned:
                     samples.setdefault((system.name, concurrency), []).append(measure(system, concurrency, seconds))
     report(samples)
 
