@@ -33,7 +33,7 @@ from actors.placement import resources
 from actors.pool import WorkerPool
 from actors.telemetry import check_installed
 from serve.auth import check_bind
-from serve.checkpoint import why_no_roles
+from serve.checkpoint import check_pins, why_no_roles
 from serve.conductor import why_no_conductor
 from serve.gateway import GatewayReplica
 from serve.memory import ActorStore
@@ -137,6 +137,7 @@ class Server:
                 traces is not installed.
         """
         check_bind(config.serve)
+        check_pins(config.router, config.router.checkpoint)
         check_installed(config.telemetry)
         settings = config.serve
         if address is None:

@@ -7,6 +7,7 @@ import json
 from safetensors import SafetensorError, safe_open
 
 from actors.config import RouterConfig
+from actors.errors import ConfigError
 
 
 def why_no_roles(config: RouterConfig) -> str | None:
@@ -22,3 +23,17 @@ def why_no_roles(config: RouterConfig) -> str | None:
     if roles is not True:
         return "the checkpoint has no roles; `fugu train evolve --mode fugu-trinity` makes one that has"
     return None
+
+
+def check_pins(config: RouterConfig, rolling: object) -> None:
+    """`rolling` is the checkpoint that the rolling names have, if any.
+
+    Raises:
+        ConfigError: a pin's checkpoint cannot be read; or there is none that rolls, and so no router is deployed that
+            could keep them.
+    """
+    if config.pins and rolling is None:
+        raise ConfigError("router.pins: set router.checkpoint, too, if only to one of them; without it nothing decides")
+    for pin, file in config.pins.items():
+        if not file.is_file():
+            raise ConfigError(f"router.pins.{pin}: {file} cannot be read from here")

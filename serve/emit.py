@@ -14,7 +14,7 @@ from actors.config import FuguConfig, RouterConfig, parse_config, read_yaml
 from actors.errors import ConfigError
 from actors.storage import local_copy
 from serve.auth import check_bind
-from serve.checkpoint import why_no_roles
+from serve.checkpoint import check_pins, why_no_roles
 
 CODE = Path(__file__).resolve().parents[1]
 # What stands for a variable that is only set on the cluster, where the file is checked on this machine.
@@ -46,6 +46,10 @@ def serve_config(
     router = raw.get("router") or {}
     # Where they are is told apart from everything else, which a redeployment would start anew.
     files = router.pop("checkpoint", None), (router.pop("canary", None) or {})
+    check_pins(config.router, files[0] or checkpoint)
+    # Pins stay in the configuration: a pin never changes, and gateways must know which there are.
+    if router.get("pins"):
+        router["pins"] = {str(pin): file for pin, file in router["pins"].items()}
     raw["serve"] = {key: value for key, value in (raw.get("serve") or {}).items() if key not in ("host", "port")}
     base = path.parent.resolve()
     base = base.relative_to(CODE) if base.is_relative_to(CODE) else base

@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from actors.config import FuguConfig, RouterConfig, load_config
+from actors.config import FuguConfig, RouterConfig, load_config, parse_config
 from actors.errors import ConfigError
 from actors.messages import Message
 from actors.model_files import resolve_model
 from orchestrator.head import Checkpoint, CheckpointInfo, save_checkpoint
 from serve.api.health import Readiness
+from serve.checkpoint import check_pins
+from serve.deploy import CODE, Arguments
+from serve.emit import serve_config, text
 from serve.gateway import Gateway
 from serve.router import Answer, Question, RouterReplica, Served
 from serve.trace import Choice
@@ -77,6 +81,85 @@ async def test_a_pin_that_does_not_load_is_told(files: dict[str, Any], tmp_path:
     replica = replica_of(config)
     await replica.reconfigure(Served.of(config).json())
     assert "broken.safetensors" in (await replica.status()).message
+
+
+class InProcess:
+    """Asks a replica as the gateway's client does, without Serve between."""
+
+    def __init__(self, replica: Any) -> None:
+        self.replica = replica
+
+    async def choose(self, question: Question) -> Choice:
+        it = self.replica
+        (answer,) = it._decide([question], it._routers, it._served.share, it._pinned)
+        assert isinstance(answer, Answer)
+        return Choice(answer.worker, answer.probabilities, answer.source)
+
+    async def status(self) -> None:
+        return None
+
+
+async def test_a_pin_never_moves(files: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two checkpoints behind one gateway, while the rolling name gets others: by update, by canary, one that is
+    refused."""
+    monkeypatch.setenv("FUGU_STATE", str(tmp_path))
+    specs = [{"name": name, "provider": "openai", "model": "m"} for name in ("a", "b")]
+    config = FuguConfig.model_validate({"workers": specs, "router": files})
+    replica = replica_of(config.router)
+    first = Served.of(config.router).json()
+    await replica.reconfigure(first)
+    app = Gateway(config, [Scripted("a", "by a"), Scripted("b", "by b")], InProcess(replica), Readiness({}))
+
+    async def said(model: str) -> str:
+        return str((await post(app, model=model)).json()["choices"][0]["message"]["content"])
+
+    updates = [
+        (first, "by a"),
+        ({"checkpoint": str(files["pins"]["20261101"]), "canary": None, "share": 0.0}, "by b"),
+        ({**first, "canary": str(files["pins"]["20261101"]), "share": 1.0}, "by b"),
+        ({"checkpoint": str(tmp_path / "none.safetensors"), "canary": None, "share": 0.0}, "by b"),
+        (first, "by a"),
+    ]
+    for served, rolling in updates:
+        await replica.reconfigure(served)
+        assert await said("fugu") == rolling
+        for pin in ("20261101", "20261102"):
+            assert await said(f"fugu-{pin}") == "by b", "whatever the rolling name does"
+
+
+async def test_an_emitted_configuration_serves_its_pins(files: dict[str, Any], tmp_path: Path) -> None:
+    specs = [{"name": name, "provider": "openai", "model": "m"} for name in ("a", "b")]
+    pins = {int(pin): str(file) for pin, file in files["pins"].items()}
+    written = {"workers": specs, "router": {**files, "checkpoint": str(files["checkpoint"]), "pins": pins}}
+    path = tmp_path / "pool.yaml"
+    path.write_text(yaml.safe_dump(written))
+    (application,) = yaml.safe_load(text(serve_config(path)))["applications"]
+    arguments = Arguments.model_validate(application["args"])
+    assert arguments.config is not None
+    config = parse_config(arguments.config, CODE / arguments.base, "deployed")
+    assert config.router.pins == files["pins"]
+    replica = replica_of(config.router)
+    (deployment,) = application["deployments"]
+    await replica.reconfigure(deployment["user_config"])
+    decider = InProcess(replica)
+    chosen = []
+    for pin in (None, "20261101"):
+        question = Question((Message("user", "hello"),), frozenset("ab"), None, "argmax", pin=pin)
+        chosen.append((await decider.choose(question)).worker)
+    assert chosen == ["a", "b"]
+
+
+def test_pins_that_cannot_be_kept_are_refused(files: dict[str, Any], tmp_path: Path) -> None:
+    specs = [{"name": name, "provider": "openai", "model": "m"} for name in ("a", "b")]
+    path = tmp_path / "pool.yaml"
+    router: dict[str, Any] = {"pins": {"20261101": str(files["checkpoint"])}}
+    for wrong, why in ((router, "router.checkpoint"), ({"pins": {"20261101": "none.safetensors"}}, "cannot be read")):
+        rolling = {"checkpoint": str(files["checkpoint"])} if why == "cannot be read" else {}
+        path.write_text(yaml.safe_dump({"workers": specs, "router": {**wrong, **rolling}}))
+        with pytest.raises(ConfigError, match=why):
+            serve_config(path)
+        with pytest.raises(ConfigError, match=why):
+            check_pins(load_config(path).router, rolling.get("checkpoint"))
 
 
 class Asked:
