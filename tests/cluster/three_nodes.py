@@ -1,7 +1,8 @@
 """A cluster of three nodes on this machine, on which things die: `python -m tests.cluster.three_nodes FOLDER PART…`.
 
 A process of its own, because a test session has one Ray, and that is another. What happened goes to FOLDER/report.json,
-which tests/cluster/test_nodes.py looks at. The parts: `evolve`, `serve`.
+which tests/cluster/test_nodes.py looks at. The parts: `driver` or `node` (what an
+evolution loses), `serve`.
 """
 
 from __future__ import annotations
@@ -57,10 +58,11 @@ def main(folder: Path, parts: list[str]) -> None:
         ray.init(address=cluster.address, namespace="fugu", log_to_driver=False, logging_level="ERROR")
         with LoopbackProvider() as upstream:
             _backbone(folder)
-            if "evolve" in parts:
-                report["evolve"] = evolve_three_times(
-                    folder, cluster.address, upstream, lambda: cluster.remove_node(lost, False)
-                )
+            for what in ("driver", "node"):
+                if what in parts:
+                    report["evolve"] = evolve_twice(
+                        folder, what, cluster.address, upstream, lambda: cluster.remove_node(lost, False)
+                    )
             upstream.clear()
             if "serve" in parts:
                 with served(folder, upstream) as url:
@@ -86,11 +88,11 @@ def _backbone(folder: Path) -> None:
 # --- evolution ---
 
 
-def evolve_three_times(
-    folder: Path, address: str, upstream: LoopbackProvider, lose: Callable[[], None]
+def evolve_twice(
+    folder: Path, what: str, address: str, upstream: LoopbackProvider, lose: Callable[[], None]
 ) -> dict[str, Any]:
-    """The same evolution undisturbed, with its driver killed in the middle of a generation and started again, and with
-    a node lost in the middle of a generation."""
+    """The same evolution undisturbed, and with `what` lost in the middle of a generation: the `node`, or its `driver`,
+    whose command is then given again."""
     from tests.training.problems import world
     from tests.training.test_evolve import repeatable
     from tests.training.test_live import configured
@@ -98,14 +100,14 @@ def evolve_three_times(
     world(folder / "outcomes")
     configured(folder, upstream)
     found: dict[str, Any] = {}
-    for name in ("undisturbed", "driver", "node"):
+    for name in ("undisturbed", what):
         upstream.clear()
         upstream.default = Behaviour(text=_speaks, delay=0.15)
         at: dict[str, Any] = {}
         out = folder / name
         began = time.monotonic()
         if name == "driver":
-            command = [sys.executable, "-m", __spec__.name, str(folder), "driver", address]
+            command = [sys.executable, "-m", __spec__.name, str(folder), "drive", address]
             driver = subprocess.Popen(command, stdout=subprocess.DEVNULL)
             _lose_midway(out, upstream, driver.kill, at)
             at["exit"] = driver.wait(BOUND)
@@ -123,9 +125,8 @@ def evolve_three_times(
             "checkpoint": _content(done.out),
             **at,
         }
-    expected = found["undisturbed"].pop("checkpoint")
-    for name in ("driver", "node"):
-        found[name]["same_checkpoint"] = found[name].pop("checkpoint") == expected
+    same = found["undisturbed"].pop("checkpoint") == found[what].pop("checkpoint")
+    found[what]["same_checkpoint"] = same
     return found
 
 
@@ -383,7 +384,7 @@ def _kill_one(title: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[2] == "driver":
+    if sys.argv[2] == "drive":
         drive(Path(sys.argv[1]), sys.argv[3])
     else:
         main(Path(sys.argv[1]), sys.argv[2:])
