@@ -1,6 +1,6 @@
 """Providers that fail in every way, under every dialect: nothing hangs, nothing leaks, no byte is wrong.
 
-`FUGU_FAULTS` is how many requests are made (300).
+`FUGU_FAULTS` is how many requests are made (300); most attempts at answering one meet a fault of their own.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import sqlite3
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from actors.transport import make_transport
 from actors.worker import WorkerRuntime
 from serve.api.health import Readiness
 from serve.gateway import Gateway
+from serve.keys import Key, KeyBook
 from serve.router import OrderDecider
 from tests.faults import PATHS, Reader, body_of, faulty, number_in
 from tests.loopback import Behaviour, LoopbackProvider, Recorded
@@ -51,16 +54,22 @@ class Direct:
 async def test_injected_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUGU_STATE", str(tmp_path))
     seed = int(os.environ.get("FUGU_FAULTS_SEED", "7"))
+    faults: list[bool] = []
+    book = KeyBook(tmp_path / "keys.sqlite")
+    key, secret = book.create(Key("", "faults", tokens_per_minute=10**8, monthly_usd=10**6))
     with LoopbackProvider(record=False) as provider:
 
         def choose(request: Recorded) -> Behaviour:
             number = number_in(request)
             # Every attempt of a request fails in a way of its own.
-            return faulty(random.Random(f"{seed}/{number}/{request.dialect}"), number, request.stream)
+            behaviour = faulty(random.Random(f"{seed}/{number}/{request.dialect}"), number, request.stream)
+            faults.append(_is_fault(behaviour))
+            return behaviour
 
         provider.chooses = choose
         common = {
             "timeout": TIMEOUT,
+            "price": {"input": 1.0, "output": 2.0},
             "retry": {"attempts": 1},
             "breaker": {"failures": 10**6, "cooldown": 0.1},
             "limits": {"concurrency": 64, "tokens_per_minute": 10**8},
@@ -98,15 +107,40 @@ async def test_injected_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             reader.check(number)
             seen[reader.error or "whole"] += 1
 
-        async with httpx.AsyncClient(transport=transport, base_url="http://fugu", timeout=None) as http:
+        keyed = {"authorization": f"Bearer {secret}"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://fugu", timeout=None, headers=keyed) as http:
             paths = [(number, rng.choice(PATHS), rng.random() < 0.6) for number in range(REQUESTS)]
             await asyncio.gather(*(one(http, *each) for each in paths))
-        print(dict(seen))
+        print(dict(seen), f"{sum(faults)} faults")
         assert sum(seen.values()) == REQUESTS
         assert seen["whole"] > REQUESTS / 4, seen
         assert len(seen) > 2, seen
+        assert sum(faults) > REQUESTS / 2
+        _check_account(tmp_path / "keys.sqlite", key)
         for worker in workers:
             limiter = worker.runtime.limiter
             assert (limiter.running, limiter.waiting) == (0, 0), "every grant was given back"
+            limiter._clock = lambda: time.monotonic() + 3600
+            assert (limiter.requests_used, limiter.tokens_used) == (0, 0), "a minute later nothing is held"
             await worker.runtime.close()
         assert provider.wait_for(lambda: provider.in_flight == 0)
+
+
+def _is_fault(behaviour: Behaviour) -> bool:
+    broken = behaviour.break_after is not None or behaviour.error_after is not None or not behaviour.terminator
+    silent = behaviour.never or behaviour.chunk_delay > TIMEOUT["idle"]
+    return behaviour.status != 200 or behaviour.body is not None or broken or silent
+
+
+def _check_account(path: Path, key: Key) -> None:
+    """Nothing is held any more, and of its minute the key has used what its month says."""
+    ((listed, used),) = KeyBook(path).list()
+    assert (listed.id, used.requests) == (key.id, REQUESTS)
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("SELECT COUNT(*) FROM held").fetchone() == (0,)
+        recent, tokens = connection.execute("SELECT COUNT(*), SUM(tokens) FROM recent").fetchone()
+    if recent == REQUESTS:
+        assert tokens == used.usage.total_tokens
+    # Cached input is told beside the input, and costs the same here.
+    priced = (used.usage.input_tokens + 2 * used.usage.output_tokens) / 1e6
+    assert 0 < used.usd <= priced + 1e-9
