@@ -144,7 +144,7 @@ def _check_parts(schema: dict[str, Any], dialect: str) -> None:
     resource: Resource[Any] = specification.create_resource(schema)
     resolver = Registry().with_resource("", resource).resolver()
     pending = [(resource, resolver.in_subresource(resource))]
-    seen = set()
+    seen: set[str] = set()
     while pending:
         part, resolver = pending.pop()
         if isinstance(part.contents, dict):

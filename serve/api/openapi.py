@@ -100,7 +100,10 @@ def told(
     body: type[BaseModel], statuses: tuple[int, ...], error: type[BaseModel] = answers.ErrorBody
 ) -> dict[int | str, dict[str, Any]]:
     """FastAPI's `responses` of a route: its answer, and its errors."""
-    return {200: {"model": body}} | {status: {"model": error, "description": _WHY[status]} for status in statuses}
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"model": error, "description": _WHY[status]} for status in statuses
+    }
+    return {200: {"model": body}, **errors}
 
 
 def streams(body: type[BaseModel], error: type[BaseModel] = answers.ErrorBody) -> dict[int | str, dict[str, Any]]:

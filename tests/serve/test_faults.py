@@ -1,7 +1,7 @@
 """Providers that fail in every way, under every dialect: nothing hangs, nothing leaks, no byte is wrong.
 
-`FUGU_FAULTS` is how many requests are made (900); most attempts at answering one meet a fault of their own, so that more
-than a thousand are injected.
+`FUGU_FAULTS` is how many requests are made (900); most attempts at answering one meet a fault of their own, so
+that more than a thousand are injected.
 """
 
 from __future__ import annotations
