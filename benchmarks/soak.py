@@ -234,12 +234,16 @@ class Grants:
 
 def held(grants: Grants, state: Path, load: Load) -> dict[str, int]:
     """What is not given back once everything has ended: grants of the limiters, and requests that the account of the
-    key lacks."""
+    key lacks. A caller who left may have gone before the server knew of the request."""
     deadline = time.monotonic() + LEAKED_SECONDS
-    while (loose := grants.look(0.0)) and time.monotonic() < deadline:
+    book = KeyBook(state / "keys.sqlite")
+    while True:
+        loose = grants.look(0.0)
+        [(_, used)] = book.list()
+        missing = max(0, load.sent - load.endings()["left"] - used.requests, used.requests - load.sent)
+        if not (loose or missing) or time.monotonic() > deadline:
+            return {"grants": max(loose, len(grants.leaked)), "account": missing}
         time.sleep(1)
-    [(_, used)] = KeyBook(state / "keys.sqlite").list()
-    return {"grants": max(loose, len(grants.leaked)), "account": abs(load.sent - used.requests)}
 
 
 def tell(
@@ -250,7 +254,7 @@ def tell(
     slope: tuple[float, float, float] | None,
     leaked: dict[str, int],
 ) -> None:
-    console = Console()
+    console = Console(width=max(Console().width, 110))
     table = Table(title=f"Memory (USS, MB): from {plan.warm / 60:g} to {plan.seconds / 60:g} minutes")
     for heading in ("process", "warm", "end", "growth", "MB per hour", "PSS at the end"):
         table.add_column(heading, justify="left" if heading == "process" else "right", no_wrap=True)
