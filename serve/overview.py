@@ -84,7 +84,7 @@ def _deployments() -> Table:
     for name, application in serve.status().applications.items():
         table.add_row(name, application.status.value, "", application.message.strip()[-200:])
         for deployment, each in application.deployments.items():
-            counts = ", ".join(f"{count} {state.value.lower()}" for state, count in each.replica_states.items())
+            counts = ", ".join(f"{count} {state.lower()}" for state, count in each.replica_states.items())
             table.add_row(f"  {deployment}", each.status.value, counts, each.message.strip()[-200:])
     return table
 
