@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import ActorUnavailableError
 
 from actors.config import FuguConfig
 from actors.errors import ConfigError, LimitReachedError, StreamBrokenError, WorkerUnavailableError
@@ -58,8 +59,15 @@ async def pool_of(config: FuguConfig, limits: LimitWindow | None = None) -> Asyn
 
 
 def pid_of(pool: WorkerPool, worker: str = "w", shard: int = 0) -> int:
-    actor = ray.get_actor(pool._shards[worker][shard].name, namespace="fugu")
-    return ray.get(actor.__ray_call__.remote(lambda _self: os.getpid()))  # type: ignore[no-any-return]
+    """Of the process that an actor runs in, or will run in once it is there again."""
+    begin = time.monotonic()
+    while True:
+        try:
+            actor = ray.get_actor(pool._shards[worker][shard].name, namespace="fugu")
+            return ray.get(actor.__ray_call__.remote(lambda _self: os.getpid()))  # type: ignore[no-any-return]
+        except ActorUnavailableError:
+            assert time.monotonic() - begin < 60, "the actor did not come back"
+            time.sleep(0.1)
 
 
 def kill_actor(pool: WorkerPool) -> None:
