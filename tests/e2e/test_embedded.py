@@ -22,6 +22,7 @@ from tests.serve.running import REPOSITORY, RunningServer, wait_until
 pytestmark = [pytest.mark.model, pytest.mark.ray, pytest.mark.timeout(400)]
 
 WORKERS = {"arithmetic", "words", "counting", "logic", "general"}
+COMPOSITE = 'Repeat "oak" two times without a space. What is the number of its letters plus 11?'
 # What the whole server may hold in memory, in bytes of proportional set size.
 MEMORY = 4 * 2**30
 
@@ -33,6 +34,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer
     for worker in config["workers"]:
         if "adapter" in worker:
             worker["adapter"] = str(REPOSITORY / "configs" / worker["adapter"])
+    config["conductor"]["adapter"] = str(REPOSITORY / "configs" / config["conductor"]["adapter"])
     with RunningServer(tmp_path_factory.mktemp("embedded"), config) as server:
         yield server
 
@@ -90,6 +92,24 @@ def test_each_question_goes_to_who_can_answer_it(embedded: RunningServer) -> Non
     assert answered["words"] == "LANTERN"
     assert answered["counting"] == "88"
     assert answered["logic"] == "Rosa"
+
+
+def test_the_trained_conductor_plans_and_its_workflow_answers(embedded: RunningServer) -> None:
+    body = {
+        "model": "fugu-ultra",
+        "messages": [{"role": "user", "content": COMPOSITE}],
+        "seed": 1,
+        "fugu": {"trace": True},
+    }
+    reply = httpx.post(f"{embedded.url}/v1/chat/completions", json=body, timeout=120, trust_env=False).json()
+    trace = reply["fugu"]
+    [planned] = trace["rounds"]
+    assert planned["plan"]["topology"] in ("chain", "parallel", "tree", "graph"), planned
+    assert len(planned["steps"]) >= 2
+    assert {step["worker"] for step in planned["steps"]} <= WORKERS
+    assert trace["conductor"] == "conductor"
+    assert trace["cost_usd"] == 0
+    assert reply["choices"][0]["message"]["content"].strip()
 
 
 def test_ask_shows_the_answer_and_a_bar_per_worker(embedded: RunningServer) -> None:

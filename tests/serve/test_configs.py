@@ -11,6 +11,7 @@ import yaml
 from actors.config import FuguConfig, load_config
 from actors.errors import ConfigError
 from serve.app import needs_router
+from serve.conductor import why_no_conductor
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # The other files there are settings of trainings.
@@ -39,6 +40,9 @@ def test_embedded_needs_nothing() -> None:
     assert [spec.name for spec in config.active if spec.adapter is None] == ["general"]
     assert needs_router(config)
     assert config.router.checkpoint == CONFIGS.parent / "checkpoints" / "embedded.safetensors"
+    assert why_no_conductor(config) is None
+    assert config.conductor is not None
+    assert config.conductor.spec() is not None, "a model of its own, trained for this pool"
 
 
 def test_open_models_need_no_key() -> None:
@@ -55,6 +59,7 @@ def test_frontier_without_keys_says_which_are_missing() -> None:
 def test_frontier_with_one_key_uses_that_worker() -> None:
     config = load_config(CONFIGS / "frontier.yaml", {"GEMINI_API_KEY": "key-of-gemini"})
     assert [spec.name for spec in config.active] == ["gemini"]
+    assert why_no_conductor(config) == "its conductor, the worker gpt, is disabled (OPENAI_API_KEY is not set)"
     assert config.disabled["gpt"] == "OPENAI_API_KEY is not set"
     assert {spec.provider for spec in load_config(CONFIGS / "frontier.yaml", KEYS).active} == {
         "openai",
