@@ -95,7 +95,7 @@ def _served() -> str | None:
     if application is None or ROUTER not in application.deployments:
         return None
     try:
-        found = serve.get_deployment_handle(ROUTER, APP).serving.remote().result(timeout_s=_ANSWER_SECONDS)
+        found = router_state(_ANSWER_SECONDS)
     # Serve and Ray each have errors of their own for a replica that does not answer.
     except Exception as error:
         return f"router: does not answer ({type(error).__name__})"
@@ -103,6 +103,23 @@ def _served() -> str | None:
     if found.get("canary"):
         text += f"; {found['share']:.1%} of the conversations: {found['canary']}"
     return text if found["refused"] is None else f"{text}; the newest was refused: {found['refused']}"
+
+
+def router_state(seconds: float) -> dict[str, Any]:
+    """What the router says that it decides with (`serve.router.RouterReplica.serving`).
+
+    Raises:
+        Exception: one of Ray's or Serve's, where it does not answer.
+    """
+
+    async def asked() -> dict[str, Any]:
+        # Awaited: the throughput settings let a handle work in a running loop only.
+        found: dict[str, Any] = await asyncio.wait_for(
+            serve.get_deployment_handle(ROUTER, APP).serving.remote(), seconds
+        )
+        return found
+
+    return asyncio.run(asked())
 
 
 async def workers() -> list[WorkerStatus]:

@@ -13,6 +13,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,8 @@ class Tape:
             if message["type"] == "http.request":
                 said.extend(message.get("body", b""))
                 if not message.get("more_body"):
-                    exchange.body = json.loads(bytes(said)) if said else None
+                    with suppress(ValueError):  # what is not JSON is for the server to refuse
+                        exchange.body = json.loads(bytes(said)) if said else None
             return message
 
         async def tell(message: Message) -> None:

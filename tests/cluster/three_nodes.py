@@ -34,6 +34,7 @@ import yaml
 
 from actors.config import ServeConfig
 from serve.environment import free_ports, prepare
+from serve.overview import router_state
 from tests.loopback import Behaviour, LoopbackProvider, Recorded
 
 WORKERS = ("sums", "words", "maps")
@@ -242,7 +243,7 @@ def _serving() -> dict[str, Any] | None:
     application = serve.status().applications.get("fugu")
     if application is None or application.status.value != "RUNNING":
         return None
-    found: dict[str, Any] = serve.get_deployment_handle("Router", "fugu").serving.remote().result(timeout_s=BOUND)
+    found = router_state(BOUND)
     assert found.pop("refused") is None
     return found
 
