@@ -111,15 +111,12 @@ def router_state(seconds: float) -> dict[str, Any]:
     Raises:
         Exception: one of Ray's or Serve's, where it does not answer.
     """
-
-    async def asked() -> dict[str, Any]:
-        # Awaited: the throughput settings let a handle work in a running loop only.
-        found: dict[str, Any] = await asyncio.wait_for(
-            serve.get_deployment_handle(ROUTER, APP).serving.remote(), seconds
-        )
-        return found
-
-    return asyncio.run(asked())
+    handle = serve.get_deployment_handle(ROUTER, APP)
+    # With the throughput settings a handle works inside a running loop only, which is not to end before Serve does.
+    if not handle.is_initialized:
+        handle._init(_run_router_in_separate_loop=True)
+    found: dict[str, Any] = handle.serving.remote().result(timeout_s=seconds)
+    return found
 
 
 async def workers() -> list[WorkerStatus]:
