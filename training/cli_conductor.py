@@ -201,6 +201,9 @@ def eval_ultra(
     untrained: Annotated[
         bool, typer.Option("--untrained/--no-untrained", help="Measure the model without any training, too.")
     ] = True,
+    others: Annotated[
+        bool, typer.Option("--others/--no-others", help="Measure votes, a panel and a mixture of agents, too.")
+    ] = True,
     subsets: Annotated[
         bool, typer.Option("--subsets/--no-subsets", help="Measure without each worker in turn, too.")
     ] = True,
@@ -224,6 +227,7 @@ def eval_ultra(
             retries=retries,
             untrained=untrained,
             subsets=subsets,
+            others=others,
             progress=not quiet,
         )
         tell(room.run(settings), json)

@@ -65,7 +65,8 @@ class UltraRun:
     """What to measure. `config` is the pool, whose router (`fugu`) is measured where it has a checkpoint. `adapter` is
     the conductor's, `warm` the one that its training started with. Of `tasks` fresh composite tasks and `tasks` single
     ones (the grounds' in equal parts) each is asked once. `calls` is what fixed ways of answering may make; `subsets`
-    also leaves out each worker in turn. `out` is the folder of the report, of a picture, and of all answers.
+    also leaves out each worker in turn, `others` measures votes, panel and mixture of agents. `out` is the folder of
+    the report, of a picture, and of all answers.
     """
 
     config: Path
@@ -83,6 +84,7 @@ class UltraRun:
     batch: int = 32
     untrained: bool = True
     subsets: bool = True
+    others: bool = True
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -174,10 +176,13 @@ def _contestants(settings: UltraRun, config: FuguConfig, ranking: Sequence[str])
     if settings.untrained:
         plain = replace(how, prompt=PromptSettings(), executor=ExecutorSettings())
         found.append(conducted(NOT_TRAINED, UNTRAINED, card.workers, plain, ranking=ranking, assign=assign))
-    found.append(self_consistency(best, calls))
-    found.append(panel([ranking[n % len(ranking)] for n in range(calls - 1)], best))
-    width = max(1, (calls - 1) // 2)
-    found.append(mixture_of_agents([ranking[n % len(ranking)] for n in range(width)], 2, best))
+    if settings.others:
+        width = max(1, (calls - 1) // 2)
+        found += [
+            self_consistency(best, calls),
+            panel([ranking[n % len(ranking)] for n in range(calls - 1)], best),
+            mixture_of_agents([ranking[n % len(ranking)] for n in range(width)], 2, best),
+        ]
     found += _routers(config, names)
     if settings.subsets and len(names) > 1:
         found += [
