@@ -46,17 +46,13 @@ class Keys:
         return bool(self._digests) or (self.book is not None and self.book.any)
 
     async def enter(self, authorization: bytes | None) -> Caller:
-        """As `check`, with the keys of the book as they are now."""
-        if self.book is not None:
-            await self.book.refresh()
-        return self.check(authorization)
-
-    def check(self, authorization: bytes | None) -> Caller:
-        """Let a request with one of the keys pass; whose it is.
+        """Let a request with one of the keys pass, those of the book as they are now; whose it is.
 
         Raises:
             AuthenticationError: no `Authorization: Bearer` header, or a key that is not ours.
         """
+        if self.book is not None:
+            await self.book.refresh()
         if not self.needed:
             return ANYONE
         scheme, _, key = (authorization or b"").partition(b" ")
@@ -67,7 +63,7 @@ class Keys:
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         if any(matches):
             return Caller(given.hex()[:32])
-        found = self.book.find(key.strip()) if self.book is not None else None
+        found = await self.book.look_for(key.strip()) if self.book is not None else None
         if found is None:
             raise AuthenticationError("the API key is not one of this server's keys")
         return Caller(found.id, found)

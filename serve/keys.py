@@ -2,9 +2,9 @@
 
 A key itself is shown once and never kept, only its SHA-256 (it is 256 random bits, so nobody finds it from that). Keys
 and usage are in SQLite in the state folder, shared by the gateways of a machine and kept over restarts; a gateway sees
-a new or revoked key within a second. Limits hold across gateways: every metered request is one short transaction before
-and one after it, off the event loop. A request reserves the tokens and the money it may use and is settled with those
-it did; what is held by requests whose gateway died counts as spent in the end.
+a revoked key within a second, and a new one when it is first used. Limits hold across gateways: every metered request
+is one short transaction before and one after it, off the event loop. A request reserves the tokens and the money it may
+use and is settled with those it did; what is held by requests whose gateway died counts as spent in the end.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from serve.store import Database
 PREFIX = "fugu-"
 WINDOW_SECONDS = 60.0
 _LOOK_SECONDS = 1.0
+_LOOK_AGAIN_SECONDS = 0.1
 _BUDGET_RETRY_SECONDS = 5.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS keys (
@@ -102,12 +103,27 @@ class KeyBook:
         look."""
         if time.monotonic() - self._looked < _LOOK_SECONDS or (self._known and self._looking.locked()):
             return
+        await self._look(time.monotonic() - _LOOK_SECONDS)
+
+    async def look_for(self, secret: bytes) -> Key | None:
+        """The key with this secret as `find` says it, after another look if it is not known: one gateway must not
+        refuse a key that its neighbour has accepted. Whoever guesses costs at most ten looks a second."""
+        asked = time.monotonic()
+        if self.find(secret) is None:
+            await asyncio.sleep(self._looked + _LOOK_AGAIN_SECONDS - asked)
+            await self._look(asked)
+        return self.find(secret)
+
+    async def _look(self, since: float) -> None:
+        """Read the keys, unless a look begun after `since` (of the monotonic clock) is over by the time it is one's
+        turn."""
         async with self._looking:
-            if time.monotonic() - self._looked < _LOOK_SECONDS:
+            if self._looked > since:
                 return
+            began = time.monotonic()
             if self._path.exists():
                 self._learn(await self._database.run(_all))
-            self._looked, self._known = time.monotonic(), True
+            self._looked, self._known = began, True
 
     def _learn(self, rows: Iterable[tuple[bytes, Key]]) -> None:
         rows = list(rows)

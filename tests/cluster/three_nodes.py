@@ -34,7 +34,6 @@ import yaml
 
 from actors.config import ServeConfig
 from serve.environment import free_ports, prepare
-from serve.overview import router_state
 from tests.loopback import Behaviour, LoopbackProvider, Recorded
 
 WORKERS = ("sums", "words", "maps")
@@ -239,6 +238,8 @@ def deploy(folder: Path, upstream: LoopbackProvider, **options: Any) -> None:
 def _serving() -> dict[str, Any] | None:
     """What the router says that it decides with, once the application runs."""
     from ray import serve
+
+    from serve.overview import router_state
 
     application = serve.status().applications.get("fugu")
     if application is None or application.status.value != "RUNNING":

@@ -34,13 +34,13 @@ def test_a_public_address_needs_keys_or_a_clear_word() -> None:
     check_bind(ServeConfig(host="0.0.0.0", allow_public_without_keys=True))
 
 
-def test_keys() -> None:
+async def test_keys() -> None:
     keys = Keys(ServeConfig(api_keys=("first-key-1", "second-key-2")))
-    keys.check(b"Bearer first-key-1")
-    keys.check(b"bearer  second-key-2 ")
+    await keys.enter(b"Bearer first-key-1")
+    await keys.enter(b"bearer  second-key-2 ")
     for wrong in (None, b"", b"Bearer", b"Bearer first-key", b"Basic first-key-1", "Bearer ключ".encode()):
         with pytest.raises(AuthenticationError) as caught:
-            keys.check(wrong)
+            await keys.enter(wrong)
         assert "first" not in caught.value.message
     assert "first-key-1" not in repr(vars(keys))
-    Keys(ServeConfig()).check(None)
+    await Keys(ServeConfig()).enter(None)

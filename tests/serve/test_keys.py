@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,32 @@ def test_others_on_the_machine_cannot_read_it(path: Path) -> None:
 
 def _contents(folder: Path) -> bytes:
     return b"".join(file.read_bytes() for file in folder.iterdir())
+
+
+async def test_a_key_that_one_gateway_knows_is_known_to_its_neighbour(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(path)
+    book = KeyBook(path)
+    looks = 0
+    learn = book._learn
+
+    def counted(rows: Any) -> None:
+        nonlocal looks
+        looks += 1
+        learn(rows)
+
+    monkeypatch.setattr(book, "_learn", counted)
+    await book.refresh()
+    key, secret = made(path)
+    await book.refresh()
+    assert book.find(secret.encode()) is None, "it looked less than a second ago"
+    guesses = [book.look_for(b"guess %d" % number) for number in range(50)]
+    assert await asyncio.gather(book.look_for(secret.encode()), *guesses) == [key] + [None] * 50
+    assert looks == 2, "all of them waited for one look"
+    began = time.monotonic()
+    assert await book.look_for(b"another guess") is None
+    assert time.monotonic() - began > 0.05
 
 
 async def test_revoking_works_once_and_keeps_the_door_shut(path: Path) -> None:

@@ -55,10 +55,12 @@ def ask(server: RunningServer, number: int, **fields: Any) -> httpx.Response:
 
 
 def whole(collector: Collector, number: int, calls: int) -> tuple[Seen, list[Seen]]:
-    """The request's span under the caller's span `number`, and all spans, once `calls` attempts of it are there."""
+    """The request's span under the caller's span `number`, and all spans, once `calls` attempts of it are there and the
+    router's part of every decision: each process sends its own when it comes to it."""
 
     def there(spans: list[Seen]) -> bool:
-        return any(root.parent == f"{number:016x}" and len(attempts(spans, root)) == calls for root in spans)
+        mine = [root for root in spans if root.parent == f"{number:016x}" and len(attempts(spans, root)) == calls]
+        return any(all(children(spans, each) for each in children(spans, root, "decision")) for root in mine)
 
     spans = collector.wait_for(there, 30)
     return next(root for root in spans if root.parent == f"{number:016x}"), spans
