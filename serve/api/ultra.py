@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from actors.errors import FuguError, NoWorkerAllowedError
-from actors.messages import ChatReply, ChatRequest, Chunk, ToolCallDelta
+from actors.messages import ChatReply, ChatRequest, Chunk, ToolCallDelta, Worker
 from orchestrator import memory
 from orchestrator.assign import Assign, Conversation
 from orchestrator.budget import Account
@@ -44,12 +44,16 @@ class UltraEngine:
 
     async def run(self, job: Job) -> AsyncGenerator[Event, None]:
         request, _ = self._marks.restore(job.request)
+        workers = self._workers(job)
+        found = await self._decided(request, job.wishes)
+        job.trace.choice, ranking = found
+        assign = self._assign(job, request.messages, found) if self._conducting.config.assign == "router" else None
         answering = _Answering(
             job,
             request,
             self._conducting,
-            await self._pool(job),
-            await self._ranking(job, request),
+            Pool(self._conducting.names, workers, self._conducting.about, assign),
+            ranking,
             await self._resumed(request, job.caller.id),
         )
         show = job.wishes.show_turns is not False
@@ -73,7 +77,7 @@ class UltraEngine:
             reply = replace(reply, reasoning="".join(told) + reply.reasoning)
         yield answering.done(reply)
 
-    async def _pool(self, job: Job) -> Pool:
+    def _workers(self, job: Job) -> dict[str, Worker]:
         names = self._conducting.names
         workers = {name: self._deciding.workers[name] for name in names if name in job.wishes.allowed}
         if not workers:
@@ -81,29 +85,26 @@ class UltraEngine:
                 f"fugu: the constraints leave no worker that the conductor knows; those are {', '.join(names)}",
                 param="fugu",
             )
-        assign = self._assign(job) if self._conducting.config.assign == "router" else None
-        return Pool(names, workers, self._conducting.about, assign)
+        return workers
 
-    def _assign(self, job: Job) -> Assign:
-        """The router's best worker for each conversation, all asked at the same time. Where it cannot be reached, the
-        order of the file would decide, which knows less than the plan."""
+    def _assign(self, job: Job, whole: Conversation, found: tuple[Choice, tuple[str, ...]]) -> Assign:
+        """The router's best worker for each conversation, all asked at the same time; what it `found` for the whole
+        one is known. Where it cannot be reached, the order of the file would decide, which knows less than the
+        plan."""
 
         async def best(conversation: Conversation, allowed: frozenset[str]) -> str | None:
-            choice, ranked = await self._decided(job.request.with_(messages=conversation), job.wishes)
-            known = () if choice.source == "order" else ranked
-            return next((name for name in known if name in allowed), None)
+            asked = job.request.with_(messages=conversation)
+            choice, ranked = found if conversation == whole else await self._decided(asked, job.wishes)
+            names = () if choice.source == "order" else ranked
+            return next((name for name in names if name in allowed), None)
 
         async def assign(conversations: Sequence[Conversation], allowed: frozenset[str]) -> Sequence[str | None]:
             return await asyncio.gather(*(best(each, allowed) for each in conversations))
 
         return assign
 
-    async def _ranking(self, job: Job, request: ChatRequest) -> tuple[str, ...]:
-        """The workers as the router ranks them, all that are allowed; noted in the trace."""
-        job.trace.choice, ranked = await self._decided(request, job.wishes)
-        return ranked
-
     async def _decided(self, request: ChatRequest, wishes: Wishes) -> tuple[Choice, tuple[str, ...]]:
+        """The router's choice, and all that are allowed as it ranks them."""
         choice, _ = await self._deciding.choose(request, wishes, seed=wishes.seed)
         return choice, rank(choice.worker, choice.probabilities, wishes.allowed, len(wishes.allowed))
 

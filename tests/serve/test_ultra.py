@@ -474,6 +474,15 @@ async def test_the_router_assigns_the_steps_where_it_can(tmp_path: Path, source:
     assert decider.asked[1:] == ["reverse the word", "count <b>letters</b>"]
 
 
+async def test_the_router_reads_the_conversation_once(tmp_path: Path) -> None:
+    decider = ByWords("head")
+    ultra = Ultra(tmp_path, plan(("a", "a copy", ())), decider=decider, assign="router")
+    messages = [{"role": "user", "content": "reverse lamp"}]
+    trace = (await ultra.ask(fugu={"trace": True}, messages=messages)).json()["fugu"]
+    assert [step["worker"] for step in trace["rounds"][0]["steps"]] == ["b"]
+    assert decider.asked == ["reverse lamp"]
+
+
 def test_the_router_cannot_assign_without_a_head() -> None:
     workers = [{"name": "a", "provider": "openai", "model": "m"}]
     with pytest.raises(ValueError, match=r"only with a router\.checkpoint"):
