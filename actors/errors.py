@@ -55,6 +55,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from actors.messages import Usage
+
 
 class FuguError(Exception):
     """Base of all. `code` is a stable machine-readable word; `param` the offending field, if one is to blame."""
@@ -254,9 +256,12 @@ class DeadlineError(FuguError):
 
 
 class WorkerError(FuguError):
+    """`usage` is what the call took all the same, where the worker gave a whole answer that nobody gets to see."""
+
     status = 502
     type = "worker_error"
     code = "worker_failed"
+    usage: Usage | None = None
 
 
 class WorkerRejectedError(WorkerError):

@@ -49,7 +49,16 @@ def estimate_tokens(request: ChatRequest, *, limit: int | None = None) -> Estima
 
 def text_tokens(text: str) -> int:
     """An upper-leaning estimate of the tokens of a text."""
-    size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+    return size_tokens(text_size(text))
+
+
+def text_size(text: str) -> int:
+    """Bytes."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+def size_tokens(size: int) -> int:
+    """As `text_tokens`, of a text of so many bytes."""
     return -(-size // _BYTES_PER_TOKEN)
 
 

@@ -324,7 +324,10 @@ def merge(chunks: list[Chunk]) -> tuple[Chunk, ...]:
         last = merged[-1] if merged else None
         if last is not None and _kind(last) == _kind(chunk) is not None:
             merged[-1] = Chunk(
-                last.text + chunk.text, last.reasoning + chunk.reasoning, last.tool_calls + chunk.tool_calls
+                last.text + chunk.text,
+                last.reasoning + chunk.reasoning,
+                last.tool_calls + chunk.tool_calls,
+                usage=chunk.usage or last.usage,
             )
         else:
             merged.append(chunk)

@@ -218,13 +218,15 @@ class ToolCallDelta:
 class Chunk:
     """A piece of a streamed answer. The last chunk of a complete stream carries `final`, the reply as a whole
     (its `text` is the concatenation of all deltas), and nothing follows it. `thoughts` are those that end with this
-    piece: the reasoning up to here, signed; it comes before the piece's text."""
+    piece: the reasoning up to here, signed; it comes before the piece's text. `usage` is what the provider has said by
+    now of the tokens read and written, where that is news."""
 
     text: str = ""
     reasoning: str = ""
     tool_calls: tuple[ToolCallDelta, ...] = ()
     final: ChatReply | None = None
     thoughts: tuple[Thought, ...] = ()
+    usage: Usage | None = None
 
 
 class Worker(Protocol):

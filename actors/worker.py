@@ -152,11 +152,16 @@ class WorkerRuntime:
         if wrong is None:
             return reply
         if request.max_attempts is None or request.max_attempts > reply.attempts:
-            again = repaired(request, reply, wrong[1])
-            second, wrong = await shape.checked(await self._one(again))
+            try:
+                second, wrong = await shape.checked(await self._one(repaired(request, reply, wrong[1])))
+            except WorkerError as error:
+                error.usage = reply.usage
+                raise
             reply = joined(reply, second)
         if wrong is not None:
-            raise ShapeError(f"its answer is not the JSON that was asked for: {wrong[0]}", worker=self.spec.name)
+            misshapen = ShapeError(f"its answer is not the JSON that was asked for: {wrong[0]}", worker=self.spec.name)
+            misshapen.usage = reply.usage
+            raise misshapen
         return reply
 
     async def _one(self, request: ChatRequest) -> ChatReply:
@@ -197,9 +202,11 @@ class WorkerRuntime:
                 await call.leave()
             reply = self._finish(call, chunk.final)
             if shape is not None and (wrong := (await shape.checked(reply))[1]) is not None:
-                raise StreamBrokenError(
+                broken = StreamBrokenError(
                     f"its answer is not the JSON that was asked for: {wrong[0]}", worker=self.spec.name
                 )
+                broken.usage = reply.usage
+                raise broken
             if self._cache is not None:
                 self._cache.put(key, reply)
         yield replace(chunk, final=reply)

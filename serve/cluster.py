@@ -92,10 +92,19 @@ def down(path: Path) -> None:
     """End the cluster and its machines; those of your own are left without a process of Ray.
 
     Raises:
-        ConfigError, ClusterError: as `up`.
+        ConfigError, ClusterError: as `up`. Every machine is told to stop first, whatever became of the others.
     """
-    check_file(path)
+    raw = check_file(path)
     _run([*_ray(), "down", "--yes", *_STYLE, str(path.resolve())], "ray down", seconds=LAUNCH_SECONDS)
+    failed: list[ClusterError] = []
+    # On machines of one's own `ray down` ends the head; the others would go on until they miss it.
+    for address in raw["provider"].get("worker_ips") or ():
+        try:
+            _run([*_ssh(raw["auth"], address), f"{NODE} stop"], f"ray stop on {address}")
+        except ClusterError as error:
+            failed.append(error)
+    if failed:
+        raise failed[0]
 
 
 def submit(cluster: Path | str, command: Sequence[str], name: str | None = None) -> str:
@@ -146,6 +155,16 @@ def on_head(cluster: Path, action: str, what: str, *, seconds: float = COMMAND_S
     """
     command = [*_ray(), "exec", "--no-config-cache", *_STYLE, str(cluster.resolve()), f"{NODE} {action}"]
     _run(command, what, seconds=seconds)
+
+
+def _ssh(auth: Mapping[str, Any], address: str) -> list[str]:
+    """To a machine that is not the head, as Ray's launcher reaches it."""
+    options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "ConnectTimeout=10"]
+    if auth.get("ssh_proxy_command"):
+        options.append(f"ProxyCommand={auth['ssh_proxy_command']}")
+    key = ["-i", str(Path(auth["ssh_private_key"]).expanduser())] if auth.get("ssh_private_key") else []
+    given = [word for option in options for word in ("-o", option)]
+    return ["ssh", *key, *given, f"{auth['ssh_user']}@{address}"]
 
 
 def _ray() -> list[str]:

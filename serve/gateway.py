@@ -89,6 +89,7 @@ class Gateway:
         telemetry: Telemetry | None = None,
     ) -> None:
         deciding = Deciding(config, workers, decider)
+        self.prices = deciding.prices
         engines: dict[str, Engine] = {MODEL: FuguEngine(deciding)}
         absent = {} if no_roles is None else {TRINITY: no_roles}
         if no_roles is None:
@@ -164,7 +165,7 @@ class GatewayReplica:
         if self._config.conductor is not None and self._no_conductor is None:
             store = ActorStore(self._config.conductor.memory)
             ultra = conducting(self._config, self._pool.workers), store
-        return Gateway(
+        gateway = Gateway(
             self._config,
             workers,
             self._decider,
@@ -174,6 +175,8 @@ class GatewayReplica:
             meter=RayMeter(),
             telemetry=self._telemetry,
         )
+        gateway.prices.load()
+        return gateway
 
     def __del__(self) -> None:
         # Serve calls it when the replica stops.

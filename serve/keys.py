@@ -45,6 +45,9 @@ CREATE TABLE IF NOT EXISTS usage (
 CREATE TABLE IF NOT EXISTS recent (
     id INTEGER PRIMARY KEY, key TEXT NOT NULL, at REAL NOT NULL, tokens INTEGER NOT NULL
 );
+CREATE TABLE IF NOT EXISTS estimated (
+    key TEXT NOT NULL, month TEXT NOT NULL, usd REAL NOT NULL, PRIMARY KEY (key, month)
+) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS recent_key ON recent (key, at);
 CREATE TABLE IF NOT EXISTS held (
     id INTEGER PRIMARY KEY, key TEXT NOT NULL, month TEXT NOT NULL, until REAL NOT NULL, usd REAL NOT NULL
@@ -70,12 +73,14 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """What a key used in a month. `unpriced` counts requests whose cost is unknown and so not in `usd`."""
+    """What a key used in a month. `unpriced` counts requests whose cost is unknown and so not in `usd`, of which
+    `estimated_usd` is a guess: of answers that were broken off, and of requests whose gateway died."""
 
     requests: int = 0
     usage: Usage = field(default_factory=Usage)
     usd: float = 0.0
     unpriced: int = 0
+    estimated_usd: float = 0.0
 
 
 class KeyBook:
@@ -182,7 +187,7 @@ class KeyBook:
     def _check_budget(self, connection: sqlite3.Connection, key: Key, budget: float, usd: float, now: float) -> None:
         expired = connection.execute("DELETE FROM held WHERE until <= ? RETURNING key, month, usd", (now,)).fetchall()
         for owner, month, lost in expired:
-            _add(connection, owner, month, Usage(), lost)
+            _add(connection, owner, month, Usage(), lost, lost)
         spent = self._used(connection, key.id, now).usd
         if spent >= budget:
             raise BudgetSpentError(f"this key's budget of ${budget:g} for the month is spent")
@@ -201,14 +206,16 @@ class KeyBook:
                 retry_after=_BUDGET_RETRY_SECONDS,
             )
 
-    async def settle(self, key: Key, number: int, usage: Usage, usd: float | None) -> None:
+    async def settle(
+        self, key: Key, number: int, usage: Usage, usd: float | None, *, estimated_usd: float = 0.0
+    ) -> None:
         """Replace what was reserved by what was used, and add it to the month that it was reserved in. `usd` is None
-        where it is unknown."""
+        where it is unknown; `estimated_usd` is the part of it that is a guess."""
 
         def write(connection: sqlite3.Connection) -> None:
             connection.execute("UPDATE recent SET tokens = ? WHERE id = ?", (usage.total_tokens, number))
             held = connection.execute("DELETE FROM held WHERE id = ? RETURNING month", (number,)).fetchone()
-            _add(connection, key.id, _month(self._clock()) if held is None else held[0], usage, usd)
+            _add(connection, key.id, _month(self._clock()) if held is None else held[0], usage, usd, estimated_usd)
 
         await self._database.run(write)
 
@@ -248,11 +255,21 @@ class KeyBook:
             "SELECT requests, input, output, cached, reasoning, usd, unpriced FROM usage WHERE key = ? AND month = ?",
             (id, _month(now)),
         ).fetchone()
-        return Used() if row is None else Used(row[0], Usage(*row[1:5]), row[5], row[6])
+        if row is None:
+            return Used()
+        guessed = connection.execute("SELECT usd FROM estimated WHERE key = ? AND month = ?", (id, _month(now)))
+        return Used(row[0], Usage(*row[1:5]), row[5], row[6], (guessed.fetchone() or (0.0,))[0])
 
 
-def _add(connection: sqlite3.Connection, key: str, month: str, usage: Usage, usd: float | None) -> None:
+def _add(
+    connection: sqlite3.Connection, key: str, month: str, usage: Usage, usd: float | None, estimated_usd: float
+) -> None:
     """A request to what a key used in a month."""
+    if usd is not None and estimated_usd:
+        connection.execute(
+            "INSERT INTO estimated VALUES (?, ?, ?) ON CONFLICT (key, month) DO UPDATE SET usd = usd + excluded.usd",
+            (key, month, estimated_usd),
+        )
     connection.execute(
         "INSERT INTO usage VALUES (?, ?, 1, ?, ?, ?, ?, ?, ?) ON CONFLICT (key, month) DO UPDATE SET "
         "requests = requests + 1, input = input + excluded.input, cached = cached + excluded.cached, "

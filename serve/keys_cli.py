@@ -89,4 +89,6 @@ def _money(key: Key, used: Used) -> str:
     spent = f"{used.usd:.4f}"
     if key.monthly_usd is not None:
         spent += f" of {key.monthly_usd:g}"
-    return f"{spent} (+ {used.unpriced} of unknown price)" if used.unpriced else spent
+    notes = [f"{used.estimated_usd:.4f} of it estimated"] if used.estimated_usd else []
+    notes += [f"+ {used.unpriced} of unknown price"] if used.unpriced else []
+    return f"{spent} ({'; '.join(notes)})" if notes else spent

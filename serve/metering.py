@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
-from functools import cached_property
 
 from actors.config import FuguConfig
 from actors.estimate import Estimate, estimate_tokens
 from actors.messages import Usage
-from actors.prices import Pricing, pricing
 from serve.api.job import Job
 from serve.api.session import TRINITY
 from serve.api.ultra import ULTRA
 from serve.keys import Key, KeyBook
+from serve.prices import Prices
 from serve.trace import Trace
 
 log = logging.getLogger("fugu.gateway")
@@ -27,23 +26,13 @@ class Metered:
     book: KeyBook
     key: Key
     number: int
-    estimate: Estimate
 
     async def settle(self, trace: Trace) -> None:
-        """Once, at the end. A request that ended early is charged with the calls that were completed for it, and one
-        that broke off while it was streamed with what it read, its cost unknown."""
-        usd: float | None
-        if trace.ended is not None:
-            usage, usd = trace.ended.usage, trace.ended.usd
-        elif trace.spent:
-            usage = sum((each.usage for each in trace.spent), Usage())
-            costs = [each.usd for each in trace.spent]
-            usd = None if None in costs else sum(cost for cost in costs if cost is not None)
-        elif trace.record.worker is not None:
-            usage, usd = Usage(input_tokens=self.estimate.input), None
-        else:
-            usage, usd = Usage(), 0.0
-        settling = asyncio.ensure_future(self.book.settle(self.key, self.number, usage, usd))
+        """Once, at the end, with every call that was made, whether the answer came or not (`serve.counted`)."""
+        taken = trace.taken
+        settling = asyncio.ensure_future(
+            self.book.settle(self.key, self.number, taken.usage, taken.usd, estimated_usd=trace.estimated_usd)
+        )
         try:
             await asyncio.shield(settling)
         except asyncio.CancelledError:
@@ -57,12 +46,13 @@ class Holds:
     """What a request may cost, as told before it is made: the dearest of the workers it may use, for every call that it
     may take. An estimate, not a bound: its input is counted in bytes, and repairs and retries come on top."""
 
-    def __init__(self, config: FuguConfig) -> None:
+    def __init__(self, config: FuguConfig, prices: Prices) -> None:
         self._config = config
+        self._prices = prices
 
     def usd(self, job: Job, estimate: Estimate) -> float:
         usage = Usage(estimate.input, estimate.output)
-        usd = self._calls(job) * max(self._priced[name](usage) or 0.0 for name in job.wishes.allowed)
+        usd = self._calls(job) * max(self._prices.usd(name, usage) or 0.0 for name in job.wishes.allowed)
         own = job.wishes.knobs.budget_usd
         return usd if own is None or not job.model.startswith(ULTRA) else min(usd, own)
 
@@ -77,10 +67,6 @@ class Holds:
         calls = rounds * (1 + steps)
         return calls if most is None else min(calls, most)
 
-    @cached_property
-    def _priced(self) -> dict[str, Pricing]:
-        return {spec.name: pricing(spec) for spec in self._config.active}
-
 
 async def admit(book: KeyBook | None, job: Job, holds: Holds) -> Metered | None:
     """Reserve a request on its key; None where the key has no account.
@@ -94,4 +80,4 @@ async def admit(book: KeyBook | None, job: Job, holds: Holds) -> Metered | None:
     estimate = estimate_tokens(job.request, limit=key.tokens_per_minute)
     # The list of prices is read when it is first asked for.
     usd = 0.0 if key.monthly_usd is None else await asyncio.to_thread(holds.usd, job, estimate)
-    return Metered(book, key, await book.admit(key, estimate.total, usd), estimate)
+    return Metered(book, key, await book.admit(key, estimate.total, usd))

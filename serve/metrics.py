@@ -10,7 +10,8 @@ fugu_answers_total{model, worker, source, domain}  who answered, how that was de
 fugu_failures_total{worker, code}              attempts that failed; circuit_open is the breaker's
 fugu_fallbacks_total{model, worker}            attempts that failed where others answered in their place
 fugu_tokens_total{model, kind}                 kind is input, cached, output or reasoning
-fugu_cost_usd_total{model}                     of the calls whose price is known
+fugu_cost_usd_total{model}                     of the calls whose price is known; like the tokens, of those that were
+                                               broken off, too, as far as it can be told
 
 How each worker is, its provider actors tell: `actors.gauges`.
 """
@@ -21,7 +22,7 @@ from typing import Protocol
 
 from ray.util.metrics import Counter, Histogram
 
-from serve.trace import Trace
+from serve.trace import Spent, Trace
 
 # Seconds: from a cached answer to a workflow of minutes.
 _LONG = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3600]
@@ -75,12 +76,12 @@ class RayMeter:
             first = trace.seen_first(now)
             if first is not None:
                 self._first.observe(first, {"model": model, "worker": worker})
-        if trace.ended is not None:
-            self._end(model, worker, trace)
+        if trace.ended is not None and worker is not None:
+            self._queued.observe(trace.queued_s, {"worker": worker})
+        self._spent(model, trace.taken)
 
-    def _end(self, model: str, worker: str | None, trace: Trace) -> None:
-        assert trace.ended is not None
-        usage = trace.ended.usage
+    def _spent(self, model: str, taken: Spent) -> None:
+        usage = taken.usage
         kinds = {
             "input": usage.input_tokens,
             "cached": usage.cached_input_tokens,
@@ -90,7 +91,5 @@ class RayMeter:
         for kind, tokens in kinds.items():
             if tokens:
                 self._tokens.inc(tokens, {"model": model, "kind": kind})
-        if trace.ended.usd:
-            self._cost.inc(trace.ended.usd, {"model": model})
-        if worker is not None:
-            self._queued.observe(trace.queued_s, {"worker": worker})
+        if taken.usd:
+            self._cost.inc(taken.usd, {"model": model})

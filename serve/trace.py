@@ -30,19 +30,20 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What a completed call took; `usd` is None where its price is unknown."""
+    """What calls took; `usd` is None where a price is unknown. `estimated`: of one that was broken off, and so partly a
+    guess."""
 
     usage: Usage
     usd: float | None
+    estimated: bool = False
 
 
 @dataclass(slots=True)
 class Trace:
     """Gathered while a request runs. All times in seconds. `turns` is of a session (`serve.api.session`), else None.
-    `spent` are the calls that were completed, for who must know of them though no answer came; `ended` is all that an
-    answer took which came to its end,
-    and `queued_s` how long the answering call waited for its worker's limits. `first_piece_s` is when a stream's first
-    piece of the answer was there, since the request began."""
+    `spent` are the calls that were made, those that came to nothing too. `ended` is what the calls behind an answer
+    took that came to its end, and `queued_s` how long the answering call waited for its worker's limits.
+    `first_piece_s` is when a stream's first piece of the answer was there, since the request began."""
 
     request_id: str
     started: float
@@ -55,6 +56,21 @@ class Trace:
     queued_s: float = 0.0
     first_piece_s: float | None = None
     workflow: dict[str, Any] | None = None
+
+    @property
+    def taken(self) -> Spent:
+        """All calls together."""
+        costs = [each.usd for each in self.spent]
+        return Spent(
+            sum((each.usage for each in self.spent), Usage()),
+            None if None in costs else sum(cost for cost in costs if cost is not None),
+            any(each.estimated for each in self.spent),
+        )
+
+    @property
+    def estimated_usd(self) -> float:
+        """The part of the cost that is a guess."""
+        return sum(each.usd or 0.0 for each in self.spent if each.estimated)
 
     def body(self, reply: ChatReply | None, now: float, error: FuguError | None = None) -> dict[str, Any]:
         """The trace as JSON values; `reply` is None where no answer was completed."""
@@ -84,6 +100,9 @@ class Trace:
                 "upstream_calls": reply.attempts,
                 "cached": reply.cached,
             }
+        elif self.spent:
+            taken = self.taken
+            body |= {"usage": usage_body(taken.usage), "cost_usd": taken.usd, "estimated": taken.estimated}
         if self.turns is not None:
             body["turns"] = self.turns
         if self.workflow is not None:

@@ -38,7 +38,7 @@ def request_span(
 def tell_request(span: Span, model: str, outcome: str, trace: Trace, status: int, error: FuguError | None) -> None:
     """Put into a request's span what became of it. `status` is the answer's, 0 where none was begun; what was the
     caller's own fault is told, and is no failure of the span (OpenTelemetry's conventions for HTTP servers)."""
-    choice, ended = trace.choice, trace.ended
+    choice, taken = trace.choice, trace.taken if trace.spent else None
     failed = sum(attempt.error is not None for attempt in trace.record.attempts)
     span.set(
         {
@@ -49,9 +49,10 @@ def tell_request(span: Span, model: str, outcome: str, trace: Trace, status: int
             "fugu.decision.source": choice.source if choice else None,
             "fugu.failed_calls": failed,
             "fugu.time_to_first_token_s": trace.first_piece_s,
-            "fugu.usage.input_tokens": ended.usage.input_tokens if ended else None,
-            "fugu.usage.output_tokens": ended.usage.output_tokens if ended else None,
-            "fugu.cost_usd": ended.usd if ended else None,
+            "fugu.usage.input_tokens": taken.usage.input_tokens if taken else None,
+            "fugu.usage.output_tokens": taken.usage.output_tokens if taken else None,
+            "fugu.cost_usd": taken.usd if taken else None,
+            "fugu.estimated": (taken is not None and taken.estimated) or None,
         }
     )
     if error is None:

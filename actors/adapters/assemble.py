@@ -44,6 +44,7 @@ class Assembler:
     _new_reasoning: list[str] = field(default_factory=list)
     _new_tools: list[ToolCallDelta] = field(default_factory=list)
     _new_thoughts: list[Thought] = field(default_factory=list)
+    _told: Usage = field(default_factory=Usage)
 
     def named(self, model: Any) -> None:
         """The provider says which model answers, or leaves it out."""
@@ -82,7 +83,9 @@ class Assembler:
             "".join(self._new_reasoning),
             tuple(self._new_tools),
             thoughts=tuple(self._new_thoughts),
+            usage=None if self.usage == self._told else self.usage,
         )
+        self._told = self.usage
         self.text.append(chunk.text)
         self.reasoning.append(chunk.reasoning)
         self.thoughts += chunk.thoughts

@@ -118,7 +118,7 @@ class Endpoint:
         self._engines = engines
         self._config: ServeConfig = deciding.config.serve
         self._keys = keys
-        self._holds = Holds(deciding.config)
+        self._holds = Holds(deciding.config, deciding.prices)
         self._wishes = wishes
         self._background = background
         self._meter = meter

@@ -57,7 +57,7 @@ class FuguEngine:
                     choice = replace(choice, worker=first, source="stay")
                     order = rank(first, choice.probabilities, wishes.allowed, deciding.router.fallbacks)
             job.trace.choice = choice
-        return [deciding.workers[name] for name in order]
+        return [deciding.counted(deciding.workers[name], job.trace) for name in order]
 
     def _done(self, job: Job, reply: ChatReply) -> Done:
         worker = job.trace.record.worker or reply.worker

@@ -21,6 +21,8 @@ from actors.messages import ChatReply, ChatRequest, Chunk, Usage, Worker
 from orchestrator.dispatch import Resting, rank
 from serve.auth import ANYONE, Caller
 from serve.conductor import Knobs
+from serve.counted import Counted
+from serve.prices import Prices
 from serve.router import Choose, Decider, Question
 from serve.trace import Choice, Trace
 from serve.tracing import tell_choice
@@ -87,6 +89,7 @@ class Deciding:
     def __init__(self, config: FuguConfig, workers: Sequence[Worker], decider: Decider) -> None:
         self.config = config
         self.workers: Mapping[str, Worker] = {worker.name: worker for worker in workers}
+        self.prices = Prices(config)
         self.resting = Resting(time.monotonic)
         self._decider = decider
         self._pin: str | None = None
@@ -111,6 +114,10 @@ class Deciding:
             tell_choice(span, choice)
         # Those that rest come last: they may have woken by the time everyone else has failed.
         return choice, rank(choice.worker, choice.probabilities, allowed, self.router.fallbacks)
+
+    def counted(self, worker: Worker, trace: Trace) -> Worker:
+        """The worker, whose calls are noted in the trace."""
+        return Counted(worker, trace, self.prices)
 
     def pinned(self, pin: str) -> Deciding:
         """Where the checkpoint of this pin decides."""

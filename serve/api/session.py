@@ -18,7 +18,7 @@ from orchestrator.dispatch import Attempt, rank
 from orchestrator.roles import answer_text
 from serve.api.job import Deciding, Done, Event, Job
 from serve.sticky import Marks, marked_chunk, marked_reply
-from serve.trace import Choice, Spent, Trace
+from serve.trace import Choice, Trace
 from serve.translate import tokens_body, usage_body
 
 TRINITY = "fugu-trinity"
@@ -45,7 +45,8 @@ class TrinityEngine:
                 return choice, rank(asker, {}, wishes.allowed, deciding.router.fallbacks)
             return await deciding.choose(request.with_(messages=transcript), wishes, seed=seed, roles=True)
 
-        playing = Playing(request, ask, deciding.workers, deciding.router, wishes.seed, job.trace)
+        workers = {name: deciding.counted(worker, job.trace) for name, worker in deciding.workers.items()}
+        playing = Playing(request, ask, workers, deciding.router, wishes.seed, job.trace)
         if not job.stream:
             reply = await playing.run()
             if wishes.show_turns:
@@ -207,7 +208,6 @@ class _Watched:
             self._note(started, None, error)
             raise
         self._note(started, reply.timing.queued_s + reply.timing.first_byte_s, None)
-        self._trace.spent.append(Spent(reply.usage, reply.cost_usd))
         return reply
 
     def stream(self, request: ChatRequest) -> AsyncIterator[Chunk]:

@@ -51,7 +51,7 @@ class UltraEngine:
         answering = _Answering(
             job,
             request,
-            self._conducting,
+            replace(self._conducting, writer=self._deciding.counted(self._conducting.writer, job.trace)),
             Pool(self._conducting.names, workers, self._conducting.about, assign),
             ranking,
             await self._resumed(request, job.caller.id),
@@ -78,8 +78,8 @@ class UltraEngine:
         yield answering.done(reply)
 
     def _workers(self, job: Job) -> dict[str, Worker]:
-        names = self._conducting.names
-        workers = {name: self._deciding.workers[name] for name in names if name in job.wishes.allowed}
+        names, known = self._conducting.names, self._deciding.workers
+        workers = {name: self._deciding.counted(known[name], job.trace) for name in names if name in job.wishes.allowed}
         if not workers:
             raise NoWorkerAllowedError(
                 f"fugu: the constraints leave no worker that the conductor knows; those are {', '.join(names)}",

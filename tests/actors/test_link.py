@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from actors import link as link_module
 from actors.errors import RateLimitedError, StreamBrokenError, WorkerError
 from actors.link import Endpoint, Link, LinkLostError, LinkServer, merge
-from actors.messages import ChatReply, ChatRequest, Chunk, Message, ToolCallDelta
+from actors.messages import ChatReply, ChatRequest, Chunk, Message, ToolCallDelta, Usage
 
 
 def ask(text: str) -> ChatRequest:
@@ -256,7 +256,7 @@ async def test_who_says_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch) -> N
 
 deltas = st.builds(ToolCallDelta, st.integers(0, 2), arguments=st.text(max_size=3))
 chunks = st.one_of(
-    st.builds(Chunk, text=st.text(min_size=1, max_size=3)),
+    st.builds(Chunk, text=st.text(min_size=1, max_size=3), usage=st.none() | st.builds(Usage, st.integers(1, 3))),
     st.builds(Chunk, reasoning=st.text(min_size=1, max_size=3)),
     st.builds(Chunk, tool_calls=st.lists(deltas, min_size=1, max_size=2).map(tuple)),
     st.builds(Chunk, text=st.text(max_size=2), reasoning=st.text(max_size=2)),
@@ -278,4 +278,6 @@ def test_merging_changes_nothing_but_the_number_of_chunks(pieces: list[Chunk]) -
     merged = merge([*pieces, final])
     assert content(list(merged)) == content(pieces)
     assert merged[-1] is final
+    told = [[chunk.usage for chunk in each if chunk.usage is not None] for each in (merged, pieces)]
+    assert told[0][-1:] == told[1][-1:], "the newest stays"
     assert len(merged) <= len(pieces) + 1

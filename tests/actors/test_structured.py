@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.config import WorkerSpec
-from actors.errors import RequestError, ShapeError, StreamBrokenError
+from actors.errors import RequestError, ShapeError, StreamBrokenError, WorkerUnavailableError
 from actors.messages import ChatReply, ChatRequest, Chunk, Message, ResponseFormat, ToolCall
 from actors.structured import Shape, native
 from actors.worker import WorkerRuntime
@@ -70,6 +70,7 @@ async def test_twice_wrong_is_an_error_that_quotes_nothing() -> None:
     assert len(adapter.calls) == 2
     assert "secrets" not in caught.value.message
     assert caught.value.worker == "w"
+    assert caught.value.usage == USAGE + USAGE, "both were paid"
 
 
 async def test_a_caller_who_counts_calls_pays_for_one() -> None:
@@ -95,8 +96,18 @@ async def test_a_trusted_worker_streams_as_it_writes() -> None:
     chunks = await chunks_of(runtime(right, base_url="https://api.openai.com/v1"))
     assert [chunk.text for chunk in chunks[:-1]] == ['{"n"', ": 3}"]
     wrong = Scripted(Step(pieces=("thr", "ee"), thinking=0.0, between=0.0))
-    with pytest.raises(StreamBrokenError, match="not JSON"):
+    with pytest.raises(StreamBrokenError, match="not JSON") as caught:
         await chunks_of(runtime(wrong, base_url="https://api.openai.com/v1"))
+    assert caught.value.usage == USAGE
+
+
+async def test_a_repair_that_fails_does_not_hide_what_the_answer_took() -> None:
+    adapter = Scripted(
+        Step(thinking=0.0, between=0.0, pieces=("three",)), Step(error=WorkerUnavailableError("down"), thinking=0.0)
+    )
+    with pytest.raises(WorkerUnavailableError) as caught:
+        await runtime(adapter).complete(REQUEST)
+    assert caught.value.usage == USAGE
 
 
 async def test_a_worker_without_the_field_is_told_in_words() -> None:

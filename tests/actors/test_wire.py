@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
+from itertools import pairwise
 
 import pytest
 
@@ -99,6 +100,17 @@ async def test_stream(provider: LoopbackProvider, adapter: Adapter, dialect: Dia
         assert (delta.index not in arguments) == (delta.id is not None and delta.name is not None)
         arguments[delta.index] = arguments.get(delta.index, "") + delta.arguments
     assert arguments == {0: '{"city":"Paris"}', 1: "{}"}
+
+
+async def test_usage_comes_with_the_piece_before_which_it_was_told(
+    provider: LoopbackProvider, adapter: Adapter, dialect: Dialect
+) -> None:
+    provider.default = FULL
+    chunks, _ = await drain(adapter)
+    told = [chunk.usage for chunk in chunks if chunk.usage is not None]
+    if dialect != "openai":  # which tells it at the end
+        assert (told[0].input_tokens, told[0].cached_input_tokens) == (100, 40)
+        assert all(one != other for one, other in pairwise(told)), "and only where it is news"
 
 
 async def test_plain_and_streamed_replies_are_equal(

@@ -26,6 +26,7 @@ from serve.conductor import Knobs
 from serve.gateway import Gateway
 from serve.keys import Key, KeyBook
 from serve.metering import Holds
+from serve.prices import Prices
 from serve.router import OrderDecider
 from serve.trace import Trace
 from tests.serve.test_gateway import Scripted, gateway
@@ -405,7 +406,7 @@ def test_what_a_request_may_cost(model: str, knobs: Knobs, calls: int) -> None:
     def usd(allowed: tuple[str, ...], knobs: Knobs) -> float:
         wishes = Wishes(allowed, None, "argmax", False, None, knobs)
         job = Job(model, ChatRequest((Message("user", "?"),)), wishes, Trace("id", 0.0), False)
-        return Holds(config).usd(job, Estimate(1000, 100))
+        return Holds(config, Prices(config)).usd(job, Estimate(1000, 100))
 
     assert usd(("a", "b"), knobs) == pytest.approx(calls * 0.006)
     assert usd(("a",), knobs) == pytest.approx(calls * 0.002)

@@ -51,7 +51,7 @@ async def test_every_request_is_noted_once_with_its_outcome() -> None:
     ]
     for _, _, _, trace in noted.seen[:2]:
         assert trace.record.worker == "b"
-        assert trace.ended == Spent(Usage(5, 3, 1, 2), 0.25)
+        assert trace.ended == trace.taken == Spent(Usage(5, 3, 1, 2), 0.25)
         assert [attempt.error is None for attempt in trace.record.attempts] == [False, True]
 
 
@@ -85,6 +85,7 @@ def test_rays_endpoint_tells_it() -> None:
     record = Record([failed, Attempt("b", 0.1, 0.5, 0.25)], "b")
     trace = Trace("id", 0.0, Choice("a", {"a": 1.0}, "head", seconds=0.02, domain="sums"), record)
     trace.ended = Spent(Usage(7, 5, 3, 0), 0.5)
+    trace.spent = [trace.ended]
     meter = RayMeter()
     for _ in range(3):
         meter.request("/v1/messages", "fugu", "ok", trace, 1.0)
