@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import secrets
 import sqlite3
 import time
@@ -25,6 +26,8 @@ from actors.errors import BudgetSpentError, ConfigError, KeyLimitError, RequestE
 from actors.journal import state_dir
 from actors.messages import Usage
 from serve.store import Database
+
+log = logging.getLogger("fugu.gateway")
 
 PREFIX = "fugu-"
 WINDOW_SECONDS = 60.0
@@ -156,9 +159,30 @@ class KeyBook:
                 "ask for fewer with max_tokens",
                 param="max_tokens",
             )
-        return await self._database.run(lambda connection: self._admit(connection, key, tokens, usd))
+        # Not SQLite's own, which come again when the rows with the highest are gone.
+        number = secrets.randbits(62)
+        try:
+            await self._database.run(lambda connection: self._admit(connection, key, number, tokens, usd))
+        except asyncio.CancelledError:
+            await self._withdraw(number)
+            raise
+        return number
 
-    def _admit(self, connection: sqlite3.Connection, key: Key, tokens: int, usd: float) -> int:
+    async def _withdraw(self, number: int) -> None:
+        """Take a reservation back that nobody will settle: its caller left while it was being written. The write is
+        made or not made by then, since the store has one thread."""
+
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute("DELETE FROM recent WHERE id = ?", (number,))
+            connection.execute("DELETE FROM held WHERE id = ?", (number,))
+
+        try:
+            await asyncio.shield(asyncio.ensure_future(self._database.run(write)))
+        except sqlite3.Error as error:
+            # It falls out of the minute by itself, and counts as spent.
+            log.error("a reservation was not taken back: %s", type(error).__name__)
+
+    def _admit(self, connection: sqlite3.Connection, key: Key, number: int, tokens: int, usd: float) -> None:
         now = self._clock()
         connection.execute("DELETE FROM recent WHERE at <= ?", (now - WINDOW_SECONDS,))
         if key.monthly_usd is not None:
@@ -176,13 +200,10 @@ class KeyBook:
                 wait = at + WINDOW_SECONDS - now
                 if over <= 0:
                     raise KeyLimitError(f"this key has {key.tokens_per_minute} tokens per minute", retry_after=wait)
-        # Not SQLite's own, which come again when the rows with the highest are gone.
-        number = secrets.randbits(62)
         connection.execute("INSERT INTO recent VALUES (?, ?, ?, ?)", (number, key.id, now, tokens))
         if key.monthly_usd is not None:
             held = (number, key.id, _month(now), now + self._longest, usd)
             connection.execute("INSERT INTO held VALUES (?, ?, ?, ?, ?)", held)
-        return number
 
     def _check_budget(self, connection: sqlite3.Connection, key: Key, budget: float, usd: float, now: float) -> None:
         expired = connection.execute("DELETE FROM held WHERE until <= ? RETURNING key, month, usd", (now,)).fetchall()

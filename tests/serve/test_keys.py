@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -188,6 +189,36 @@ async def test_what_a_dead_gateway_held_is_spent_in_the_end(path: Path, clock: C
     with pytest.raises(BudgetSpentError, match=r"\$0\.4"):
         await book.admit(key, 1, 0.6)
     await book.admit(key, 1, 0.4)
+
+
+@pytest.mark.parametrize("when", ["before it is written", "while it is written"])
+async def test_who_leaves_while_a_reservation_is_written_holds_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    key, _ = made(path, requests_per_minute=1, tokens_per_minute=100, monthly_usd=1.0)
+    book = KeyBook(path)
+    begun, go_on = threading.Event(), threading.Event()
+    admit = book._admit
+
+    def slow(*arguments: Any) -> None:
+        begun.set()
+        assert go_on.wait(10)
+        admit(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(book, "_admit", slow)
+        if when == "before it is written":
+            book._database._thread.submit(go_on.wait, 10)
+        leaving = asyncio.create_task(book.admit(key, 100, 1.0))
+        await asyncio.sleep(0.05)
+        assert begun.is_set() == (when == "while it is written")
+        leaving.cancel()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+    number = await book.admit(key, 100, 1.0)
+    await book.settle(key, number, Usage(1, 1), 0.25)
+    assert KeyBook(path).list()[0][1].requests == 1
 
 
 async def test_a_request_over_midnight_is_of_the_month_it_began_in(path: Path, clock: Clock) -> None:
