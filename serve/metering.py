@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from actors.config import FuguConfig
 from actors.estimate import Estimate, estimate_tokens
 from actors.messages import Usage
+from actors.structured import native
 from serve.api.job import Job
 from serve.api.session import TRINITY
 from serve.api.ultra import ULTRA
@@ -44,17 +45,38 @@ class Metered:
 
 class Holds:
     """What a request may cost, as told before it is made: the dearest of the workers it may use, for every call that it
-    may take. An estimate, not a bound: its input is counted in bytes, and repairs and retries come on top."""
+    may take, and for every repair where JSON is asked for and the worker's API does not see to it. An estimate, not a
+    bound: its input is counted in bytes, and retries come on top."""
 
     def __init__(self, config: FuguConfig, prices: Prices) -> None:
         self._config = config
         self._prices = prices
+        self._trusted = frozenset(spec.name for spec in config.active if native(spec) == "trusted")
 
     def usd(self, job: Job, estimate: Estimate) -> float:
-        usage = Usage(estimate.input, estimate.output)
-        usd = self._calls(job) * max(self._prices.usd(name, usage) or 0.0 for name in job.wishes.allowed)
-        own = job.wishes.knobs.budget_usd
-        return usd if own is None or not job.model.startswith(ULTRA) else min(usd, own)
+        calls, repairs = self._calls(job), self._repairs(job)
+        once = Usage(estimate.input, estimate.output)
+        # The answer, and what is wrong with it, are read again.
+        again = Usage(estimate.input + estimate.output, estimate.output)
+
+        def usd(name: str) -> float:
+            repair = 0.0 if name in self._trusted else repairs * (self._prices.usd(name, again) or 0.0)
+            return calls * (self._prices.usd(name, once) or 0.0) + repair
+
+        most, own = max(map(usd, job.wishes.allowed)), job.wishes.knobs.budget_usd
+        return most if own is None or not job.model.startswith(ULTRA) else min(most, own)
+
+    def _repairs(self, job: Job) -> int:
+        """Of the calls, those whose answer has a form. In a session any turn may answer; of a workflow the last step
+        does."""
+        wanted = job.request.response_format
+        if wanted is None or wanted.kind == "text":
+            return 0
+        return self._calls(job) if not job.model.startswith(ULTRA) else self._rounds(job)
+
+    def _rounds(self, job: Job) -> int:
+        conductor = self._config.conductor
+        return job.wishes.knobs.max_rounds or (1 if conductor is None else conductor.max_rounds)
 
     def _calls(self, job: Job) -> int:
         if job.model.startswith(TRINITY):
@@ -62,9 +84,8 @@ class Holds:
         conductor, knobs = self._config.conductor, job.wishes.knobs
         if not job.model.startswith(ULTRA) or conductor is None:
             return 1
-        rounds, steps = knobs.max_rounds or conductor.max_rounds, knobs.max_steps or conductor.max_steps
-        most = knobs.max_calls or conductor.max_calls
-        calls = rounds * (1 + steps)
+        steps, most = knobs.max_steps or conductor.max_steps, knobs.max_calls or conductor.max_calls
+        calls = self._rounds(job) * (1 + steps)
         return calls if most is None else min(calls, most)
 
 

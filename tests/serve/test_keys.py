@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from actors.config import FuguConfig, ServeConfig
 from actors.errors import BudgetSpentError, ConfigError, KeyLimitError, RequestError, StreamBrokenError
 from actors.estimate import Estimate
-from actors.messages import ChatRequest, Chunk, Message, Usage
+from actors.messages import ChatRequest, Chunk, Message, ResponseFormat, Usage
 from serve import keys_cli
 from serve.api.health import Readiness
 from serve.api.job import Job, Wishes
@@ -443,6 +443,39 @@ def test_what_a_request_may_cost(model: str, knobs: Knobs, calls: int) -> None:
     assert usd(("a",), knobs) == pytest.approx(calls * 0.002)
     if model == "fugu-ultra":
         assert usd(("a",), replace(knobs, budget_usd=0.001)) == 0.001
+
+
+@pytest.mark.parametrize(
+    ("model", "knobs", "calls", "repairs"),
+    [
+        ("fugu", Knobs(), 1, 1),
+        ("fugu-trinity", Knobs(), 5, 5),
+        ("fugu-ultra", Knobs(max_rounds=2, max_steps=3), 8, 2),
+    ],
+)
+def test_a_repair_is_reckoned_with_where_there_may_be_one(model: str, knobs: Knobs, calls: int, repairs: int) -> None:
+    """`a` is held to a schema by its vendor, `b` is not."""
+    price = {"price": {"input": 1.0, "output": 10.0}}
+    specs = [
+        {"name": "a", "provider": "openai", "model": "m", "base_url": "https://api.openai.com/v1", **price},
+        {"name": "b", "provider": "openai", "model": "m", "base_url": "http://127.0.0.1:1", **price},
+    ]
+    config = FuguConfig.model_validate({"workers": specs, "conductor": {"worker": "a"}})
+
+    def usd(allowed: tuple[str, ...], wanted: ResponseFormat | None) -> float:
+        request = ChatRequest((Message("user", "?"),), response_format=wanted)
+        job = Job(model, request, Wishes(allowed, None, "argmax", False, None, knobs), Trace("id", 0.0), False)
+        return Holds(config, Prices(config)).usd(job, Estimate(1000, 100))
+
+    shaped = ResponseFormat("json_schema", schema={"type": "object"})
+    plain = calls * 0.002
+    assert usd(("a",), shaped) == pytest.approx(plain)
+    assert usd(("b",), None) == usd(("b",), ResponseFormat("text")) == pytest.approx(plain)
+    assert (
+        usd(("b",), shaped)
+        == usd(("a", "b"), ResponseFormat("json_object"))
+        == pytest.approx(plain + repairs * (1100 + 10 * 100) / 1e6)
+    )
 
 
 def test_the_commands() -> None:
