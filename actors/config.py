@@ -335,12 +335,13 @@ class ServeConfig(Strict):
 
 class PlacementConfig(Strict):
     """On which nodes of a cluster what runs, as names of custom resources (see cluster.yaml): provider actors where the
-    outside can be reached, gateways, router and conductor, rollouts. A name that no node has counts for nothing, so
-    that one machine needs no resources; with `required` it is asked for all the same, and the cluster starts a node
-    that has it."""
+    outside can be reached, gateways, router and conductor, learners with their engines, rollouts. A name that no node
+    has counts for nothing, so that one machine needs no resources; with `required` it is asked for all the same, and
+    the cluster starts a node that has it."""
 
     providers: Name = "egress"
     serve: Name = "serve"
+    train: Name = "train"
     rollouts: Name = "rollout"
     required: bool = False
 

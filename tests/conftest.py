@@ -42,11 +42,12 @@ def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def ray_session(state_dir: Path) -> Iterator[None]:
-    """The one Ray of the session (four logical CPUs, no dashboard, namespace "fugu"). Its processes inherit the
-    environment as it is now, the state folder with it."""
+    """The one Ray of the session (four logical CPUs, ten of the resource "bench", no dashboard, namespace "fugu"). Its
+    processes inherit the environment as it is now, the state folder with it."""
     import ray
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, namespace="fugu", log_to_driver=False)
+    more = {"resources": {"bench": 10}, "include_dashboard": False, "log_to_driver": False}
+    ray.init(address="local", num_cpus=4, namespace="fugu", **more)
     yield
     ray.shutdown()
 

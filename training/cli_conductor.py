@@ -141,7 +141,7 @@ def grpo(
     with explained():
         check_json(json)
         from training import grpo_file
-        from training import grpo_train as room
+        from training import grpo_placed as room
 
         within: dict[str, dict[str, Any]] = {
             "grpo": {

@@ -44,7 +44,8 @@ COMPACT = PromptSettings(style="compact")
 
 @dataclass(frozen=True)
 class VllmSettings:
-    """Engines that sample, with a GPU (or a part of one) each; `share` is the share of its memory that one takes."""
+    """Engines that sample, with a GPU (or a part of one) each; `share` is the share of its memory that one takes. On a
+    cluster they are reserved together with the learner (`training.grpo_placed`)."""
 
     engines: int = 1
     gpus: float = 0.0
@@ -63,6 +64,7 @@ class GrpoRun:
     others run over Ray (`address`: join one), `concurrency` rollouts at once on each CPU, a batch in `seconds`.
     `assign` "router": the pool's head says who does a step, and only what is to be done is learnt.
     With `vllm` plans are sampled by engines over Ray that pick up the adapter each step, else by the model that learns.
+    `gpus` are for the learner where a cluster has nodes for it (None: what engines leave of one, if there is any).
     `architecture` describes a model whose files are not there, for a dry run (keys as in its `config.json`).
     """
 
@@ -86,6 +88,7 @@ class GrpoRun:
     val_temperature: float = 0.2
     batch: int = 32
     address: str | None = None
+    gpus: float | None = None
     concurrency: int = 16
     seconds: float = 3600.0
     device: str = "auto"
@@ -285,6 +288,8 @@ def _sampler(learner: GrpoLearner, settings: GrpoRun, files: ModelFiles) -> Iter
 
     how = settings.vllm
     with connected(settings.address):
+        from ray.util import get_current_placement_group
+
         engines = VllmSampler(
             files.folder,
             settings.grpo,
@@ -294,6 +299,7 @@ def _sampler(learner: GrpoLearner, settings: GrpoRun, files: ModelFiles) -> Iter
             context=how.context,
             share=how.share,
             seconds=settings.seconds,
+            group=get_current_placement_group(),
         )
 
         def follow() -> Sampler:
@@ -351,7 +357,7 @@ def identity(settings: GrpoRun, config: FuguConfig, model: str) -> dict[str, Any
 def described(settings: GrpoRun) -> dict[str, Any]:
     """The settings as JSON values, without what does not change the result."""
     about: dict[str, Any] = json.loads(json.dumps(asdict(settings), default=shown_path))
-    for name in ("resume", "progress", "address", "state", "architecture"):
+    for name in ("resume", "progress", "address", "gpus", "state", "architecture"):
         del about[name]
     return about
 

@@ -249,15 +249,15 @@ def finish(
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[None]:
+def connected(address: str | None, *, logs: bool = False) -> Iterator[None]:
     """A Ray to work on: the one this process is connected to, the one at `address`, or one of our own that ends with
-    the context."""
+    the context. With `logs`, what its processes print is printed here."""
     import ray
 
     if ray.is_initialized():
         yield
         return
-    ray.init(address=address or "local", namespace="fugu", include_dashboard=False, log_to_driver=False)
+    ray.init(address=address or "local", namespace="fugu", include_dashboard=False, log_to_driver=logs)
     try:
         yield
     finally:

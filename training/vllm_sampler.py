@@ -10,13 +10,16 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from actors.adapters.vllm import CPU_CACHE_GIB, LORA_RANKS
 from actors.errors import ConfigError, DataError
 from training.grpo import GrpoLearner, GrpoSettings
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
 
 Prompts = Sequence[Sequence[int]]
 
@@ -72,7 +75,8 @@ class VllmEngine:
 
 class VllmSampler:
     """Spreads prompts over engine actors. `follow` hands them the learner's present adapter, through `folder`, which
-    must be the same place for all (a shared file system, or one machine)."""
+    must be the same place for all (a shared file system, or one machine). Of a `group` the first bundle is the
+    learner's, and each engine has one of those after it."""
 
     def __init__(
         self,
@@ -86,11 +90,14 @@ class VllmSampler:
         share: float = 0.45,
         max_batch: int = 256,
         seconds: float = 1800.0,
+        group: PlacementGroup | None = None,
     ) -> None:
         """Raises:
         ConfigError: all weights are learnt, which no adapter carries over.
         """
         import ray
+
+        from actors.placement import at
 
         if settings.lora is None:
             raise ConfigError("vLLM picks up adapters only; learn with LoRA, or sample in process")
@@ -100,10 +107,10 @@ class VllmSampler:
         engine: Any = ray.remote(VllmEngine)
         options = {"num_cpus": 1, "num_gpus": gpus}
         self._engines = [
-            engine.options(**options).remote(
+            engine.options(**options, **at(group, 1 + number)).remote(
                 str(model), settings.lora.rank, context=context, share=share, max_batch=max_batch
             )
-            for _ in range(engines)
+            for number in range(engines)
         ]
 
     def follow(self, learner: GrpoLearner, base: str) -> None:
