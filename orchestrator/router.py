@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -42,6 +43,21 @@ class Decision:
         order of the pool."""
         others = (name for name in self.probabilities if name != self.worker)
         return self.worker, *sorted(others, key=self.probabilities.__getitem__, reverse=True)
+
+    def among(self, allowed: frozenset[str]) -> Decision:
+        """The decision where only these may answer: what the head gives with the others masked.
+
+        Raises:
+            NoWorkerAllowedError: it is about none of them.
+        """
+        left = _allowed(list(self.probabilities), allowed)
+        if len(left) == len(self.probabilities):
+            return self
+        total = math.fsum(self.probabilities[name] for name in left)
+        # Beside one that is as good as certain the others can come to nothing in float32.
+        shares = {name: self.probabilities[name] / total if total else 1 / len(left) for name in left}
+        source: Source = "single" if len(left) == 1 and self.role is None else self.source
+        return replace(self, worker=max(shares, key=shares.__getitem__), probabilities=shares, source=source)
 
 
 def order_decision(workers: Sequence[str], allowed: frozenset[str] | None) -> Decision:

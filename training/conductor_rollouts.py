@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -21,8 +21,9 @@ from orchestrator.assign import assigned, conversations, is_whole
 from orchestrator.budget import Budget
 from orchestrator.executor import ExecutorSettings, execute
 from orchestrator.router import Router
-from orchestrator.workflow import MAX_STEPS, parse_workflow
+from orchestrator.workflow import MAX_STEPS, Workflow, parse_workflow
 from training.calls import CallStore, Key, PaidOnce, call_cache
+from training.deciding import Rankings
 from training.grading import graded
 from training.outcomes import Task
 
@@ -44,14 +45,14 @@ class RolloutSettings:
 @dataclass(frozen=True)
 class Written:
     """What a conductor wrote for a task, with the workers that it might use. `before` is the answer of an earlier
-    round, which three empty lists keep; None in the first round. `workers` are those that a router gave the steps to
-    (`orchestrator.assign`), None where the conductor's word holds."""
+    round, which three empty lists keep; None in the first round. `plan` is what the text says with its steps in the
+    hands of whom a router named (`orchestrator.assign`), None where the text is still to be read and its word holds."""
 
     task: Task
     text: str
     allowed: tuple[str, ...]
     before: str | None = None
-    workers: tuple[str, ...] | None = None
+    plan: Workflow | None = None
 
 
 @dataclass(frozen=True)
@@ -80,26 +81,27 @@ class Rollouts(Protocol):
     def play(self, written: Sequence[Written]) -> list[Played]: ...
 
 
+def read_plan(written: Written, pool: Sequence[str], max_steps: int) -> Workflow:
+    """Raises:
+    PlanError: it is no workflow that this writer might write.
+    """
+    return parse_workflow(
+        written.text, pool, allowed=written.allowed, max_steps=max_steps, allow_empty=written.before is not None
+    )
+
+
 async def play(
     written: Written, pool: Sequence[str], workers: Mapping[str, Worker], settings: RolloutSettings
 ) -> Played:
     """One rollout. `pool` are all workers in the order of their numbers; `workers` also holds judges."""
     try:
-        workflow = parse_workflow(
-            written.text,
-            pool,
-            allowed=written.allowed,
-            max_steps=settings.max_steps,
-            allow_empty=written.before is not None,
-        )
+        workflow = written.plan or read_plan(written, pool, settings.max_steps)
     except PlanError as error:
         return Played(0.0, 0.0, failure=error.kind)
     if not workflow.steps:
         assert written.before is not None
         return await _graded(written, written.before, workers, settings, Played(None, None, topology="empty"))
-    whole = written.workers is not None and is_whole(workflow)
-    if written.workers is not None:
-        workflow = assigned(workflow, written.workers)
+    whole = written.plan is not None and is_whole(workflow)
     request = ChatRequest(
         (Message("user", written.task.prompt),),
         temperature=settings.temperature,
@@ -180,35 +182,33 @@ class InProcessRollouts:
         self._store.close()
 
 
-@dataclass
 class AssignedRollouts:
     """`rollouts` of plans whose steps a router gives to workers. What it said of a question is remembered."""
 
-    rollouts: Rollouts
-    pool: Sequence[str]
-    router: Router
-    max_steps: int = MAX_STEPS
-    _known: dict[tuple[tuple[Message, ...], frozenset[str]], str] = field(default_factory=dict)
+    def __init__(self, rollouts: Rollouts, pool: Sequence[str], router: Router, max_steps: int = MAX_STEPS) -> None:
+        self._rollouts, self._pool, self._max_steps = rollouts, tuple(pool), max_steps
+        self._rankings = Rankings(router)
 
     def play(self, written: Sequence[Written]) -> list[Played]:
-        asked = [(self._conversations(one), frozenset(one.allowed)) for one in written]
-        every = dict.fromkeys((talk, allowed) for talks, allowed in asked for talk in talks)
-        new = [key for key in every if key not in self._known]
-        decided = self.router.decide([talk for talk, _ in new], [allowed for _, allowed in new], [None] * len(new))
-        self._known.update((key, decision.worker) for key, decision in zip(new, decided, strict=True))
-        return self.rollouts.play(
+        plans = [self._plan(one) for one in written]
+        asked = [
+            [] if plan is None else conversations(plan, (Message("user", one.task.prompt),))
+            for one, plan in zip(written, plans, strict=True)
+        ]
+        self._rankings.read([talk for talks in asked for talk in talks])
+        hands = [
+            [decision.worker for decision in self._rankings.decide(talks, [frozenset(one.allowed)] * len(talks))]
+            for one, talks in zip(written, asked, strict=True)
+        ]
+        return self._rollouts.play(
             [
-                replace(one, workers=tuple(self._known[talk, allowed] for talk in talks))
-                for one, (talks, allowed) in zip(written, asked, strict=True)
+                one if plan is None else replace(one, plan=assigned(plan, workers))
+                for one, plan, workers in zip(written, plans, hands, strict=True)
             ]
         )
 
-    def _conversations(self, one: Written) -> list[tuple[Message, ...]]:
-        """None for what is no plan, or has no step."""
+    def _plan(self, one: Written) -> Workflow | None:
         try:
-            workflow = parse_workflow(
-                one.text, self.pool, allowed=one.allowed, max_steps=self.max_steps, allow_empty=one.before is not None
-            )
+            return read_plan(one, self._pool, self._max_steps)
         except PlanError:
-            return []
-        return conversations(workflow, (Message("user", one.task.prompt),)) if workflow.steps else []
+            return None  # who plays it says what is wrong

@@ -6,7 +6,6 @@ A system gets the request and the pool's workers, and may call them as it likes;
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,17 +13,15 @@ from pathlib import Path
 
 from actors.config import FuguConfig, RouterConfig
 from actors.errors import ConfigError
-from actors.messages import ChatReply, ChatRequest, Message, Worker
+from actors.messages import ChatReply, ChatRequest, Worker
 from actors.model_files import resolve_model
 from orchestrator import coordinator, dispatch
 from orchestrator.backbone import Device
 from orchestrator.head import load_checkpoint
 from orchestrator.router import Decision, Router
+from training.deciding import Conversation, Decider
 
 Ask = Callable[[ChatRequest, Mapping[str, Worker]], Awaitable[ChatReply]]
-
-# What is asked of the backbone waits this long (seconds) for others to join.
-_GATHER = 0.003
 
 
 @dataclass(frozen=True)
@@ -35,48 +32,6 @@ class System:
     name: str
     ask: Ask
     note: str = ""
-
-
-class Decider:
-    """A router in this process. Conversations that are asked about at nearly the same time are decided together."""
-
-    def __init__(self, router: Router, allowed: frozenset[str]) -> None:
-        self._router = router
-        self._allowed = allowed
-        self._waiting: list[tuple[tuple[Message, ...], asyncio.Future[Decision]]] = []
-        self._sender: asyncio.Task[None] | None = None
-
-    async def __call__(self, conversation: tuple[Message, ...]) -> Decision:
-        future: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
-        self._waiting.append((conversation, future))
-        if self._sender is None:
-            self._sender = asyncio.create_task(self._send())
-        return await future
-
-    async def _send(self) -> None:
-        await asyncio.sleep(_GATHER)
-        try:
-            while self._waiting:
-                waiting, self._waiting = self._waiting, []
-                await self._decide(waiting)
-        finally:
-            self._sender = None
-
-    async def _decide(self, waiting: Sequence[tuple[tuple[Message, ...], asyncio.Future[Decision]]]) -> None:
-        count = len(waiting)
-        talks = [conversation for conversation, _ in waiting]
-        try:
-            decisions = await asyncio.to_thread(
-                self._router.decide, talks, [self._allowed] * count, [None] * count, "argmax"
-            )
-        except Exception as error:
-            for _, future in waiting:
-                if not future.done():
-                    future.set_exception(error)
-            return
-        for (_, future), decision in zip(waiting, decisions, strict=True):
-            if not future.done():
-                future.set_result(decision)
 
 
 def pool_router(config: FuguConfig) -> Router:
@@ -124,8 +79,17 @@ def router_systems(
         CheckpointError, ConfigError: as `orchestrator.router.Router.load`.
     """
     router = _loaded(checkpoint, pool, max_tokens or config.max_tokens, backbone, device)
-    decide = Decider(router, frozenset(allowed))
-    method = str(router.checkpoint.info.trained.get("method", ""))
+    return systems_of(Decider(router), allowed, config, suffix=suffix)
+
+
+def systems_of(decider: Decider, allowed: Sequence[str], config: RouterConfig, *, suffix: str = "") -> list[System]:
+    """As `router_systems`, with a router that is there already."""
+    names = frozenset(allowed)
+    info = decider.router.checkpoint.info
+    method = str(info.trained.get("method", ""))
+
+    async def decide(conversation: Conversation) -> Decision:
+        return await decider(conversation, names)
 
     async def fugu(request: ChatRequest, workers: Mapping[str, Worker]) -> ChatReply:
         decision = await decide(request.messages)
@@ -141,7 +105,7 @@ def router_systems(
         return session.response or ChatReply("")
 
     systems = [System(f"fugu{suffix}", fugu, method)]
-    if router.checkpoint.info.roles:
+    if info.roles:
         systems.append(System(f"fugu-trinity{suffix}", trinity, method))
     return systems
 

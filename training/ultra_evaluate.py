@@ -30,6 +30,7 @@ from orchestrator.conductor_card import ConductorCard, read_card
 from orchestrator.conductor_prompt import PromptSettings
 from orchestrator.executor import ExecutorSettings
 from training.composite import DOMAIN, composite_tasks
+from training.deciding import Decider
 from training.evaluate import Estimate, bootstrap
 from training.grading import grade
 from training.ground_families import GROUNDS
@@ -39,7 +40,7 @@ from training.in_process import in_process
 from training.metering import Meter, MeteredWorker, PaidCalls, Purse
 from training.outcomes import Task
 from training.spending import Budget
-from training.systems import pool_router, router_systems
+from training.systems import pool_router, systems_of
 from training.ultra_report import Row, UltraReport, draw_topologies, write_report
 from training.ultra_systems import (
     Contestant,
@@ -165,7 +166,8 @@ def _contestants(settings: UltraRun, config: FuguConfig, ranking: Sequence[str])
     )
     best, calls = ranking[0], settings.calls
     routed = config.conductor is not None and config.conductor.assign == "router"
-    assign = assigner(pool_router(config)) if routed else None
+    decider = None if config.router.checkpoint is None else Decider(pool_router(config))
+    assign = assigner(decider) if routed and decider is not None else None
     found = [conducted(ULTRA, TRAINED, card.workers, how, ranking=ranking, assign=assign)]
     if routed:
         found.append(conducted(f"{ULTRA}, {OWN}", TRAINED, card.workers, how, ranking=ranking))
@@ -183,7 +185,8 @@ def _contestants(settings: UltraRun, config: FuguConfig, ranking: Sequence[str])
             panel([ranking[n % len(ranking)] for n in range(calls - 1)], best),
             mixture_of_agents([ranking[n % len(ranking)] for n in range(width)], 2, best),
         ]
-    found += _routers(config, names)
+    if decider is not None:
+        found += [as_system(one) for one in systems_of(decider, names, config.router)]
     if settings.subsets and len(names) > 1:
         found += [
             conducted(
@@ -192,12 +195,6 @@ def _contestants(settings: UltraRun, config: FuguConfig, ranking: Sequence[str])
             for name in names
         ]
     return found
-
-
-def _routers(config: FuguConfig, names: Sequence[str]) -> list[Contestant]:
-    if config.router.checkpoint is None:
-        return []
-    return [as_system(one) for one in router_systems(config.router.checkpoint, names, names, config.router)]
 
 
 @dataclass

@@ -16,7 +16,7 @@ from actors.messages import ChatReply, ChatRequest, Message, Worker
 from orchestrator.assign import Assign, Conversation
 from orchestrator.conductor import Conducted, ConductorSettings, Pool, conduct
 from orchestrator.conductor_prompt import quote
-from orchestrator.router import Router
+from training.deciding import Decider
 from training.grading import final_answer, normalise
 from training.systems import System
 
@@ -128,12 +128,11 @@ def conducted(
     return Contestant(name, ask)
 
 
-def assigner(router: Router) -> Assign:
+def assigner(decider: Decider) -> Assign:
     """The best workers by a router of this process."""
 
     async def assign(conversations: Sequence[Conversation], allowed: frozenset[str]) -> Sequence[str | None]:
-        count = len(conversations)
-        decisions = await asyncio.to_thread(router.decide, conversations, [allowed] * count, [None] * count)
+        decisions = await asyncio.gather(*(decider(conversation, allowed) for conversation in conversations))
         return [decision.worker for decision in decisions]
 
     return assign

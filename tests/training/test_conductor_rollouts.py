@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from orchestrator.assign import assigned
 from orchestrator.workflow import Step, Workflow, parse_workflow
 from tests.training.conductors import GROUNDS, specialists
 from training.composite import CompositeProblem, make_composite
@@ -62,12 +63,10 @@ def test_a_router_gives_the_steps_to_workers_and_a_plan_of_one_step_the_question
     right = tuple(step.ground for step in one.plan)
     wrong = Workflow(tuple(Step("logic", step.subtask, step.access) for step in one.plan))
     assert played(one, short_plan(wrong, GROUNDS)).score == 0
-    found = played(one, short_plan(wrong, GROUNDS), workers=right)
+    found = played(one, "what was written is not read again", plan=assigned(wrong, right))
     assert (found.score, found.workers) == (1.0, right)
     workers = specialists(one.composition)
-    alone = Written(
-        one.task("it"), short_plan(Workflow((Step("logic", "a copy"),)), GROUNDS), GROUNDS, workers=("words",)
-    )
+    alone = Written(one.task("it"), "", GROUNDS, plan=Workflow((Step("words", "a copy"),)))
     asyncio.run(play(alone, GROUNDS, workers, BARE))
     assert [request.messages[-1].text for request in workers["words"].asked] == [one.prompt]
 
