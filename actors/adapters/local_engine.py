@@ -1,8 +1,8 @@
 """Continuous batching over a transformers model, on CPU or GPU.
 
-One thread owns the model. Between two decoding steps requests join the batch (their prompt is read alone, in
-pieces, and their key-value cache put beside the others', padded on the left) and leave it, so nobody waits for the
-longest answer. The scheme is Orca's iteration-level scheduling (Yu et al. 2022, §3).
+One thread owns the model. Between two decoding steps requests join the batch (short prompts are read together, a long
+one alone and in pieces, and their key-value cache is put beside the others', padded on the left) and leave it, so
+nobody waits for the longest answer. The scheme is Orca's iteration-level scheduling (Yu et al. 2022, §3).
 
 Every row has its own sampling settings, random generator and, with LoRA, its own adapter. In float32 a row's tokens
 do not depend on who shares the batch; in bfloat16 rounding can tip a near tie.
@@ -34,7 +34,7 @@ from actors.errors import FuguError, WorkerUnavailableError
 from actors.messages import ChatReply, ChatRequest, FinishReason, Usage
 
 PREFILL_TOKENS = 256
-"""Prompt tokens read between two decoding steps: well under half a second on two cores."""
+"""Prompt tokens, padding included, read between two decoding steps: well under half a second on two cores."""
 CACHE_BYTES = 2 << 30
 """Key-value cache for all rows together; a row alone is always let in."""
 BATCH_TIMEOUT = 6 * 3600.0
@@ -77,6 +77,7 @@ class LocalEngine:
         self._model = model
         self._tokenizer = tokenizer
         self._adapters = loaded.adapters
+        self._adapted = loaded.rows
         self._max_batch = max_batch
         defaults = model.generation_config
         ends = defaults.eos_token_id if isinstance(defaults.eos_token_id, list) else [defaults.eos_token_id]
@@ -91,7 +92,7 @@ class LocalEngine:
         self._waiting: deque[Generation] = deque()
         self._closed = False
         # What follows belongs to the thread.
-        self._joining: tuple[Generation, DynamicCache] | None = None
+        self._joining: tuple[list[Generation], DynamicCache] | None = None
         self._rows: list[Generation] = []
         self._cache: Any = None  # a DynamicCache while there are rows
         self._thread = threading.Thread(target=self._run, name="local-engine", daemon=True)
@@ -163,7 +164,7 @@ class LocalEngine:
     def busy(self) -> int:
         """How many generations wait or run."""
         with self._changed:
-            return len(self._waiting) + len(self._rows) + (self._joining is not None)
+            return len(self._waiting) + len(self._rows) + (len(self._joining[0]) if self._joining else 0)
 
     def generate_batch(self, requests: Sequence[ChatRequest], *, adapter: str | None = None) -> list[ChatReply]:
         """Answer many requests and wait for all: `replies[i]` answers `requests[i]`. For labelling.
@@ -219,36 +220,53 @@ class LocalEngine:
         self._fail("the local engine was closed")
 
     def _take(self) -> bool:
-        """Drop what was cancelled and let the next request in; False when closed. Sleeps while there is nothing."""
+        """Drop what was cancelled and let the next requests in; False when closed. Sleeps while there is nothing."""
         with self._changed:
             while not self._closed:
                 self._waiting = deque(waiting for waiting in self._waiting if not waiting.cancelled)
-                if self._joining is not None and self._joining[0].cancelled:
+                # Only a long prompt is still being read here, and that is read alone.
+                if self._joining is not None and self._joining[0][0].cancelled:
                     self._joining = None
                 self._keep([index for index, row in enumerate(self._rows) if not row.cancelled])
-                if self._joining is None and self._waiting and self._has_room(self._waiting[0]):
-                    self._joining = (self._waiting.popleft(), DynamicCache())
+                if self._joining is None and (new := self._next()):
+                    self._joining = (new, DynamicCache())
                 if self._joining is not None or self._rows:
                     return True
                 self._changed.wait()
             return False
 
-    def _has_room(self, new: Generation) -> bool:
-        """Rows are padded to the longest, so the cache's final size is rows × longest."""
-        longest = max(len(row.prompt) + row.max_tokens for row in [*self._rows, new])
-        fits = (len(self._rows) + 1) * longest * self._token_bytes <= CACHE_BYTES
-        return not self._rows or (len(self._rows) < self._max_batch and fits)
+    def _next(self) -> list[Generation]:
+        """Who joins now, in the order in which they came: as many as are read in one go, or the first alone."""
+        new: list[Generation] = []
+        while self._waiting and self._has_room([*new, self._waiting[0]]):
+            longest = max(len(row.prompt) for row in [*new, self._waiting[0]])
+            if new and longest * (len(new) + 1) > PREFILL_TOKENS:
+                break
+            new.append(self._waiting.popleft())
+        return new
 
-    def _prefill(self, row: Generation, cache: DynamicCache) -> None:
-        """Read the next piece of a prompt; after the last one sample the first token and join the batch."""
+    def _has_room(self, new: Sequence[Generation]) -> bool:
+        """Rows are padded to the longest, so the cache's final size is rows × longest."""
+        rows = [*self._rows, *new]
+        longest = max(len(row.prompt) + row.max_tokens for row in rows)
+        fits = len(rows) * longest * self._token_bytes <= CACHE_BYTES
+        return len(rows) == 1 or (len(rows) <= self._max_batch and fits)
+
+    def _prefill(self, rows: list[Generation], cache: DynamicCache) -> None:
+        """Read the next piece of each prompt; after the last one sample the first tokens and join the batch."""
         start = cache.get_seq_length()
-        piece = row.prompt[start : start + PREFILL_TOKENS]
-        logits = self._forward([row], torch.tensor([piece]), torch.arange(start, start + len(piece))[None], None, cache)
-        if start + len(piece) < len(row.prompt):
+        pieces = [row.prompt[start : start + PREFILL_TOKENS] for row in rows]
+        width = max(map(len, pieces))
+        tokens = torch.tensor([[0] * (width - len(piece)) + piece for piece in pieces])
+        lengths = torch.tensor([[len(piece)] for piece in pieces])
+        before = width - lengths  # the padding of each row
+        mask = (torch.arange(width) >= before).long() if before.any() else None
+        positions = (start + torch.arange(width) - before).clamp(min=0)
+        logits = self._forward(rows, tokens, positions, mask, cache)
+        if start + width < len(rows[0].prompt):
             return
         self._joining = None
-        if self._advance(row, logits[0]):
-            self._join(row, cache)
+        self._join(rows, [index for index, row in enumerate(rows) if self._advance(row, logits[index])], cache)
 
     def _step(self) -> None:
         """One token for every row; rows that are done leave."""
@@ -269,7 +287,11 @@ class LocalEngine:
     ) -> torch.Tensor:
         """Logits [rows, vocabulary] after the last of `tokens` [rows, length]; the cache grows by them."""
         device = self._model.device
-        names = {"adapter_names": [row.adapter or "__base__" for row in rows]} if self._adapters else {}
+        names = {}
+        if self._adapted is not None:
+            self._adapted.choose([row.adapter for row in rows], device, self._model.dtype)
+        elif self._adapters:
+            names = {"adapter_names": [row.adapter or "__base__" for row in rows]}
         output = self._model(
             input_ids=tokens.to(device),
             position_ids=positions.to(device),
@@ -301,8 +323,13 @@ class LocalEngine:
         row.emit(Finished("".join(row.text), reason, Usage(len(row.prompt), len(row.tokens))))
         return False
 
-    def _join(self, row: Generation, cache: Any) -> None:
-        self._rows.append(row)
+    def _join(self, new: Sequence[Generation], indices: list[int], cache: Any) -> None:
+        """Put these of `new` into the batch, with their part of the cache."""
+        if not indices:
+            return
+        rows = [new[index] for index in indices]
+        _cut(cache, indices if len(indices) < len(new) else None, max(row.cached for row in rows))
+        self._rows += rows
         if self._cache is None:
             self._cache = cache
             return
@@ -318,20 +345,25 @@ class LocalEngine:
         if not self._rows:
             self._cache = None
         else:
-            width = max(row.cached for row in self._rows)
-            for layer in self._cache.layers:
-                layer.keys = layer.keys[indices, :, -width:]
-                layer.values = layer.values[indices, :, -width:]
+            _cut(self._cache, indices, max(row.cached for row in self._rows))
 
     def _fail(self, message: str) -> None:
         with self._changed:
-            failed = [*self._rows, *([self._joining[0]] if self._joining else [])]
+            failed = [*self._rows, *(self._joining[0] if self._joining else [])]
             if self._closed:
                 failed += self._waiting
                 self._waiting.clear()
         self._rows, self._cache, self._joining = [], None, None
         for row in failed:
             row.emit(WorkerUnavailableError(message))
+
+
+def _cut(cache: Any, indices: list[int] | None, width: int) -> None:
+    """Leave these rows of a cache (None: all) and its last `width` columns."""
+    rows = slice(None) if indices is None else indices
+    for layer in cache.layers:
+        layer.keys = layer.keys[rows, :, -width:]
+        layer.values = layer.values[rows, :, -width:]
 
 
 def _stack(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from actors.adapters.grouped_attention import use_grouped_attention
+from actors.adapters.mixed_lora import Rows, mix_adapters
 from actors.errors import ConfigError
 
 MAX_THREADS = 16
@@ -19,12 +20,14 @@ MAX_THREADS = 16
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """`model` is a transformers model, or a peft one around it if there are adapters; `adapters` maps a worker's
-    name to its adapter's name in peft."""
+    """`model` is a transformers model; `adapters` maps a worker's name to its adapter's name in it. `rows` says before
+    each pass whose rows it has; where it is None and there are adapters, `model` is a peft one and is told in each
+    call."""
 
     model: Any
     tokenizer: Any
     adapters: Mapping[str, str]
+    rows: Rows | None = None
 
 
 def load_model(
@@ -54,7 +57,10 @@ def load_model(
     use_grouped_attention(model)
     model, names = _with_adapters(model.to(device), adapters)
     model.eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer, names)
+    mixed = mix_adapters(model) if names else None
+    if mixed is None:
+        return LoadedModel(model, tokenizer, names)
+    return LoadedModel(mixed[0], tokenizer, names, mixed[1])
 
 
 def _cpus() -> int:

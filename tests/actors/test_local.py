@@ -133,6 +133,34 @@ def test_rows_that_join_and_leave_at_random_equal_generating_alone(folder: Path,
     assert engine.busy == 0
 
 
+def test_short_prompts_are_read_together_and_a_long_one_in_pieces(
+    folder: Path, engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [ask("abc " * n, temperature=0, max_tokens=most) for n, most in ((5, 12), (12, 1), (1, 12), (75, 12))]
+    shapes: list[tuple[int, ...]] = []
+    forward = engine._forward
+
+    def noted(rows: Any, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+        shapes.append(tuple(tokens.shape))
+        return forward(rows, tokens, *rest)
+
+    monkeypatch.setattr(engine, "_forward", noted)
+    with engine._changed:  # the engine sees all four at once
+        running = [Running(engine, request) for request in requests]
+    for row in running:
+        row.end()
+    lengths = [len(row.generation.prompt) for row in running]
+    assert 3 * max(lengths[:3]) <= local_engine.PREFILL_TOKENS < lengths[3]
+    read = [shape for shape in shapes if shape[1] > 1]
+    assert read == [
+        (3, max(lengths[:3])),
+        (1, local_engine.PREFILL_TOKENS),
+        (1, lengths[3] % local_engine.PREFILL_TOKENS),
+    ]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert [row.generation.tokens for row in running] == [reference(model, folder, request) for request in requests]
+
+
 def test_a_sampled_answer_does_not_depend_on_its_neighbours(engine: LocalEngine) -> None:
     request = ask("tell me", temperature=1.3, top_p=0.9, seed=11, max_tokens=60)
     alone = engine.generate_batch([request])[0]
