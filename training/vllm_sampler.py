@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 Prompts = Sequence[Sequence[int]]
 
+_ENVIRONMENT = {
+    # The engine in the actor's own process: it ends with the actor, however that ends.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # On a CPU: engines of one machine would otherwise all bind their threads to the same cores.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
 
 class VllmEngine:
     """One vLLM engine in this process. `share` is the share of a GPU's memory that it takes."""
@@ -105,7 +112,7 @@ class VllmSampler:
         self._version = -1
         self._adapter: Path | None = None
         engine: Any = ray.remote(VllmEngine)
-        options = {"num_cpus": 1, "num_gpus": gpus}
+        options = {"num_cpus": 1, "num_gpus": gpus, "runtime_env": {"env_vars": _ENVIRONMENT}}
         self._engines = [
             engine.options(**options, **at(group, 1 + number)).remote(
                 str(model), settings.lora.rank, context=context, share=share, max_batch=max_batch
@@ -130,7 +137,7 @@ class VllmSampler:
             DataError: an engine was lost, or took too long.
         """
         import ray
-        from ray.exceptions import GetTimeoutError, RayError
+        from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
         sampling = {
             "temperature": self._settings.temperature if temperature is None else temperature,
@@ -152,8 +159,13 @@ class VllmSampler:
             return [one for part in ray.get(asked, timeout=self._seconds) for one in part]
         except GetTimeoutError:
             raise DataError(f"vLLM took longer than {self._seconds:g} s; allow more, or shorter plans") from None
+        except RayTaskError as error:
+            raise error.as_instanceof_cause() from None  # a fault of ours or of vLLM's, not of the cluster's
         except RayError as error:
-            raise DataError(f"an engine was lost ({type(error).__name__}); resume the run") from error
+            reason = (str(error).strip().splitlines() or [""])[-1].strip()[:300]
+            raise DataError(
+                f"an engine was lost ({type(error).__name__}: {reason}); resume the run when that is mended"
+            ) from error
 
     def close(self) -> None:
         import ray
