@@ -39,9 +39,9 @@ class Rows:
         self.part = slice(first, last)
         if len(set(adapters)) > 1:
             mask = torch.zeros(len(adapters), 1, last - first, dtype=dtype)
-            for row, name in enumerate(adapters):
-                if name is not None:
-                    mask[row, 0, starts[name] - first : starts[name] - first + self.widths[name]] = 1
+            for row, own in enumerate(adapters):
+                if own is not None:
+                    mask[row, 0, starts[own] - first : starts[own] - first + self.widths[own]] = 1
             self.mask = mask.to(device)
 
 
