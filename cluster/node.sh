@@ -1,7 +1,7 @@
 #!/bin/sh
 # What a node does: `setup` (once), `ray start --head …` or `ray start --address=…` (start Ray, in place of one that
-# runs), `run COMMAND…` (in the cluster's environment), `job ARGUMENTS…` (fugu with these, on this Ray), `env` (that
-# environment, for a shell). Ray's launcher calls it.
+# runs), `stop` (end it), `run COMMAND…` (in the cluster's environment), `job ARGUMENTS…` (fugu with these, on this
+# Ray), `env` (that environment, for a shell). Ray's launcher calls it.
 set -eu
 
 code=$(cd "$(dirname "$0")/.." && pwd)
@@ -41,6 +41,10 @@ environment() {
     PYTHONPATH="$code" "$venv/bin/python" -m serve.environment "$HOME/.fugu/serve"
 }
 
+stop() {
+    ray stop --grace-period 10 > /dev/null
+}
+
 start() {
     # The dashboard is for the head itself; from elsewhere it is reached through ssh.
     case " $* " in *" --head "*)
@@ -49,7 +53,7 @@ start() {
         ;;
     esac
     [ -z "${FUGU_RESOURCES:-}" ] || set -- "$@" --resources="$FUGU_RESOURCES"
-    ray stop --grace-period 10 > /dev/null
+    stop
     ulimit -n 65536 2> /dev/null || ulimit -n "$(ulimit -Hn)"
     exec ray "$@" --disable-usage-stats
 }
@@ -69,6 +73,10 @@ case $action in
     ray)
         eval "$(environment)"
         start "$@"
+        ;;
+    stop)
+        eval "$(environment)"
+        stop
         ;;
     *)
         echo "node.sh: there is no action $action" >&2
