@@ -91,7 +91,7 @@ def _message(message: Message) -> dict[str, Any]:
 
 def _said(reply: ChatReply) -> list[dict[str, Any]]:
     parts = [{"type": "reasoning", "content": _cropped(reply.reasoning)}] if reply.reasoning else []
-    parts += [{"type": "text", "content": _cropped(reply.text)}] if reply.text else []
+    parts += [{"type": "text", "content": _cropped(said)} for said in (reply.text, reply.refusal) if said]
     return parts + [_call(call) for call in reply.tool_calls]
 
 

@@ -328,6 +328,7 @@ def merge(chunks: list[Chunk]) -> tuple[Chunk, ...]:
                 last.reasoning + chunk.reasoning,
                 last.tool_calls + chunk.tool_calls,
                 usage=chunk.usage or last.usage,
+                refusal=last.refusal + chunk.refusal,
             )
         else:
             merged.append(chunk)
@@ -336,7 +337,7 @@ def merge(chunks: list[Chunk]) -> tuple[Chunk, ...]:
 
 def _kind(chunk: Chunk) -> str | None:
     """Which one thing a chunk carries; None if several, or the end."""
-    kinds = [name for name in ("text", "reasoning", "tool_calls", "final") if getattr(chunk, name)]
+    kinds = [name for name in ("text", "reasoning", "tool_calls", "refusal", "final") if getattr(chunk, name)]
     return kinds[0] if len(kinds) == 1 and kinds[0] != "final" else None
 
 

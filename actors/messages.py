@@ -14,7 +14,8 @@ from typing import Any, Literal, Protocol
 import orjson
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
-FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "refusal"]
+"""`refusal`: the model would not, and may say why (`ChatReply.refusal`); `content_filter`: somebody else stopped it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,11 @@ class TextPart:
     """A piece of text in a message's content."""
 
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class RefusalPart(TextPart):
+    """What an assistant said instead of an answer; to a provider that does not tell the two apart it is text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +192,8 @@ class Timing:
 class ChatReply:
     """A worker's whole answer. `dropped` names request fields the provider does not accept; `cost_usd` is None where
     the price is unknown; `attempts` counts upstream calls, retries included; `cached` says no upstream call was made.
-    `model` is what the provider says answered, "" where it does not.
+    `model` is what the provider says answered, "" where it does not. `refusal` is what was said instead of an answer,
+    or of the rest of one.
     """
 
     worker: str
@@ -202,6 +209,7 @@ class ChatReply:
     dropped: tuple[str, ...] = ()
     thoughts: tuple[Thought, ...] = ()
     model: str = ""
+    refusal: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +227,7 @@ class Chunk:
     """A piece of a streamed answer. The last chunk of a complete stream carries `final`, the reply as a whole
     (its `text` is the concatenation of all deltas), and nothing follows it. `thoughts` are those that end with this
     piece: the reasoning up to here, signed; it comes before the piece's text. `usage` is what the provider has said by
-    now of the tokens read and written, where that is news."""
+    now of the tokens read and written, where that is news; `refusal` a piece of the reply's."""
 
     text: str = ""
     reasoning: str = ""
@@ -227,6 +235,7 @@ class Chunk:
     final: ChatReply | None = None
     thoughts: tuple[Thought, ...] = ()
     usage: Usage | None = None
+    refusal: str = ""
 
 
 class Worker(Protocol):

@@ -422,7 +422,7 @@ class _Call:
         if chunk.final is not None:
             self._succeeded(chunk.final)
         else:
-            self._written += len(chunk.text) + len(chunk.reasoning)
+            self._written += len(chunk.text) + len(chunk.reasoning) + len(chunk.refusal)
 
     def _succeeded(self, reply: ChatReply) -> None:
         assert self._grant is not None
@@ -509,8 +509,8 @@ def _by(thoughts: tuple[Thought, ...], worker: str) -> tuple[Thought, ...]:
 def as_chunks(reply: ChatReply) -> Iterator[Chunk]:
     """A whole reply as a stream."""
     calls = tuple(ToolCallDelta(i, call.id, call.name, call.arguments) for i, call in enumerate(reply.tool_calls))
-    if reply.text or reply.reasoning or calls or reply.thoughts:
-        yield Chunk(reply.text, reply.reasoning, calls, thoughts=reply.thoughts)
+    if reply.text or reply.reasoning or calls or reply.thoughts or reply.refusal:
+        yield Chunk(reply.text, reply.reasoning, calls, thoughts=reply.thoughts, refusal=reply.refusal)
     yield Chunk(final=reply)
 
 

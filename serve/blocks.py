@@ -13,7 +13,7 @@ from typing import Literal
 from actors.errors import StreamBrokenError
 from actors.messages import ChatReply, Chunk, Thought, ToolCallDelta
 
-Kind = Literal["reasoning", "redacted", "text", "tool"]
+Kind = Literal["reasoning", "redacted", "text", "refusal", "tool"]
 What = Literal["open", "delta", "close"]
 
 
@@ -59,6 +59,9 @@ class Blocks:
         if chunk.text:
             yield from self._ensure("text")
             yield self._grow(chunk.text)
+        if chunk.refusal:
+            yield from self._ensure("refusal")
+            yield self._grow(chunk.refusal)
         for call in chunk.tool_calls:
             yield from self._call(call)
 
@@ -134,8 +137,9 @@ class Blocks:
 def blocks_of(reply: ChatReply) -> list[Block]:
     """A whole reply as blocks."""
     calls = tuple(ToolCallDelta(at, call.id, call.name, call.arguments) for at, call in enumerate(reply.tool_calls))
+    whole = Chunk(reply.text, reply.reasoning, calls, thoughts=reply.thoughts, refusal=reply.refusal)
     blocks = Blocks()
-    for _ in blocks.take(Chunk(reply.text, reply.reasoning, calls, thoughts=reply.thoughts)):
+    for _ in blocks.take(whole):
         pass
     for _ in blocks.end():
         pass

@@ -61,7 +61,8 @@ def _show(response: httpx.Response, console: Console) -> dict[str, Any] | None:
                 if console.is_terminal:  # a pipe wants the answer only
                     said = choice["delta"].get("reasoning_content") or ""
                     console.print(said, end="", markup=False, soft_wrap=True, style="dim")
-                console.print(choice["delta"].get("content") or "", end="", markup=False, soft_wrap=True)
+                said = choice["delta"].get("content") or choice["delta"].get("refusal") or ""
+                console.print(said, end="", markup=False, soft_wrap=True)
     console.print()
     raise FuguError("the answer broke off before its end")
 

@@ -102,7 +102,7 @@ class _Received:
             self.first = now
         if chunk.usage is not None:
             self.told = chunk.usage
-        self.size += text_size(chunk.text) + text_size(chunk.reasoning)
+        self.size += text_size(chunk.text) + text_size(chunk.reasoning) + text_size(chunk.refusal)
         self.size += sum(text_size(call.name or "") + text_size(call.arguments) for call in chunk.tool_calls)
 
     def usage(self, request: ChatRequest, now: float) -> Usage:

@@ -49,7 +49,12 @@ class ImagePartBody(Open):
     image_url: ImageUrlBody
 
 
-PartBody = Annotated[TextPartBody | ImagePartBody, Field(discriminator="type")]
+class RefusalPartBody(Open):
+    type: Literal["refusal"]
+    refusal: str
+
+
+PartBody = Annotated[TextPartBody | ImagePartBody | RefusalPartBody, Field(discriminator="type")]
 
 
 class FunctionCallBody(Open):
@@ -66,6 +71,7 @@ class ToolCallBody(Open):
 class MessageBody(Open):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[PartBody] | None = None
+    refusal: str | None = None
     name: str | None = None
     tool_calls: list[ToolCallBody] | None = None
     tool_call_id: str | None = None

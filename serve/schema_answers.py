@@ -86,7 +86,7 @@ class ChatToolCall(BaseModel):
 class ChatMessage(BaseModel):
     role: Literal["assistant"]
     content: str | None
-    refusal: None
+    refusal: str | None
     reasoning_content: str | None = None
     tool_calls: list[ChatToolCall] | None = None
 
@@ -202,6 +202,7 @@ class MessageAnswerBody(BaseModel):
     content: list[MessageBlock]
     stop_reason: Literal["end_turn", "max_tokens", "tool_use", "refusal"]
     stop_sequence: None
+    stop_details: dict[str, Any] | None = None
     usage: MessageUsage
     fugu: Trace = None
 

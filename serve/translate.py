@@ -12,10 +12,10 @@ from actors.messages import (
     ChatReply,
     ChatRequest,
     Chunk,
-    FinishReason,
     ImagePart,
     Message,
     Part,
+    RefusalPart,
     ResponseFormat,
     TextPart,
     ToolCall,
@@ -24,7 +24,15 @@ from actors.messages import (
     ToolSpec,
     Usage,
 )
-from serve.schema import ChatBody, MessageBody, NamedToolBody, PartBody, ResponseFormatBody, TextPartBody
+from serve.schema import (
+    ChatBody,
+    MessageBody,
+    NamedToolBody,
+    PartBody,
+    RefusalPartBody,
+    ResponseFormatBody,
+    TextPartBody,
+)
 
 # Fields whose effect a single uniform reply cannot carry: they are dropped here, with a warning in the trace.
 UNSUPPORTED = ("logprobs", "top_logprobs", "audio", "modalities", "prediction", "web_search_options")
@@ -70,18 +78,31 @@ def _message(message: MessageBody, index: int) -> Message:
         raise RequestError(f"{where}.tool_calls: only an assistant message has them", param=f"{where}.tool_calls")
     if message.role == "tool" and not message.tool_call_id:
         raise RequestError(f"{where}.tool_call_id: is required", param=f"{where}.tool_call_id")
-    if message.content is None and not calls:
+    if message.content is None and not calls and message.refusal is None:
         raise RequestError(f"{where}.content: is required", param=f"{where}.content")
-    if message.content is None or isinstance(message.content, str):
-        content: str | tuple[Part, ...] = message.content or ""
+    return Message(message.role, _content(message, where), message.name, calls, message.tool_call_id)
+
+
+def _content(message: MessageBody, where: str) -> str | tuple[Part, ...]:
+    given = message.content
+    if not message.refusal and (given is None or isinstance(given, str)):
+        return given or ""
+    if given is None or isinstance(given, str):
+        parts: tuple[Part, ...] = (TextPart(given),) if given else ()
     else:
-        content = tuple(_part(part) for part in message.content)
-    return Message(message.role, content, message.name, calls, message.tool_call_id)
+        parts = tuple(_part(part) for part in given)
+    if message.refusal:
+        parts = (*parts, RefusalPart(message.refusal))
+    if message.role != "assistant" and any(isinstance(part, RefusalPart) for part in parts):
+        raise RequestError(f"{where}: only an assistant message has a refusal", param=where)
+    return parts
 
 
 def _part(part: PartBody) -> Part:
     if isinstance(part, TextPartBody):
         return TextPart(part.text)
+    if isinstance(part, RefusalPartBody):
+        return RefusalPart(part.refusal)
     return ImagePart(part.image_url.url, part.image_url.detail)
 
 
@@ -147,8 +168,8 @@ def reply_body(
     trace: Mapping[str, Any] | None,
 ) -> bytes:
     """The JSON of a whole answer. `model` is what was asked for; only the trace names the worker."""
-    message: dict[str, Any] = {"role": "assistant", "content": reply.text or None, "refusal": None}
-    if not reply.tool_calls:
+    message: dict[str, Any] = {"role": "assistant", "content": reply.text or None, "refusal": reply.refusal or None}
+    if not reply.tool_calls and not reply.refusal:
         message["content"] = reply.text
     if reply.reasoning:
         message["reasoning_content"] = reply.reasoning
@@ -162,12 +183,20 @@ def reply_body(
         "object": "chat.completion",
         "created": created,
         "model": model,
-        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": reply.finish_reason}],
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason(reply)}],
         "usage": usage,
     }
     if trace is not None:
         body["fugu"] = trace
     return dumps(body)
+
+
+def finish_reason(reply: ChatReply) -> str:
+    """OpenAI's word. A refusal there is a field of its own beside `stop`; without words for it nothing is left to tell
+    it by but the filter's."""
+    if reply.finish_reason != "refusal":
+        return reply.finish_reason
+    return "stop" if reply.refusal else "content_filter"
 
 
 class ChunkWriter:
@@ -187,11 +216,13 @@ class ChunkWriter:
             delta["content"] = chunk.text
         if chunk.reasoning:
             delta["reasoning_content"] = chunk.reasoning
+        if chunk.refusal:
+            delta["refusal"] = chunk.refusal
         if chunk.tool_calls:
             delta["tool_calls"] = [_call_delta(call) for call in chunk.tool_calls]
         return self._event([_choice(delta, None)]) if delta else b""
 
-    def finish(self, reason: FinishReason) -> bytes:
+    def finish(self, reason: str) -> bytes:
         """The event with the finish reason; before it the opening one, where nothing has been said."""
         delta = self._begin()
         said = self._event([_choice(delta, None)]) if delta else b""

@@ -13,6 +13,7 @@ import orjson
 from actors.adapters.assemble import arguments_object
 from actors.errors import FuguError, RequestError
 from actors.messages import (
+    ChatReply,
     ChatRequest,
     ImagePart,
     Message,
@@ -42,7 +43,13 @@ from serve.schema_messages import (
     TurnBody,
 )
 
-STOP_REASON = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
+_STOP_REASON = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+    "content_filter": "refusal",
+    "refusal": "refusal",
+}
 
 # Fields with a meaning for Anthropic's own workers, which take them as they are.
 _PASSED_ON = ("cache_control", "container", "inference_geo", "service_tier", "speed", "mcp_servers")
@@ -244,6 +251,15 @@ def usage_body(visible: Usage, total: Usage) -> dict[str, Any]:
             "orchestration_output_tokens": total.output_tokens - visible.output_tokens,
         }
     return usage
+
+
+def stop_body(reply: ChatReply) -> dict[str, Any]:
+    """Why it ended. What a worker said instead of an answer is no content here but an explanation of the end."""
+    body: dict[str, Any] = {"stop_reason": _STOP_REASON[reply.finish_reason], "stop_sequence": None}
+    if reply.refusal:
+        body["stop_reason"] = "refusal"
+        body["stop_details"] = {"type": "refusal", "category": None, "explanation": reply.refusal}
+    return body
 
 
 def block_body(block: Block) -> dict[str, Any]:

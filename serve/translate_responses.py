@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import orjson
 
@@ -18,6 +18,7 @@ from actors.messages import (
     ImagePart,
     Message,
     Part,
+    RefusalPart,
     ResponseFormat,
     TextPart,
     Thought,
@@ -249,13 +250,17 @@ class _ItemReader:
         return self._messages
 
     def _message(self, message: MessageItem, where: str) -> None:
-        content = _content(message.content, f"{where}.content")
+        content = _content(message.content, f"{where}.content", refusals=message.role == "assistant")
         if message.role != "assistant":
             self._flush()
             self._messages.append(Message(message.role, content))
             return
         if self._text is not None:
-            self._flush()
+            if _refuses(content):  # instead of the rest
+                before = (TextPart(self._text),) if isinstance(self._text, str) else self._text
+                content = (*before, *content)
+            else:
+                self._flush()
         self._text = content
 
     def _flush(self) -> None:
@@ -271,19 +276,23 @@ class _ItemReader:
         self._thoughts, self._text, self._calls = [], None, []
 
 
-def _content(content: str | Sequence[dict[str, Any]], where: str) -> str | tuple[Part, ...]:
+def _refuses(content: str | tuple[Part, ...]) -> TypeGuard[tuple[Part, ...]]:
+    return bool(content) and not isinstance(content, str) and all(isinstance(part, RefusalPart) for part in content)
+
+
+def _content(content: str | Sequence[dict[str, Any]], where: str, *, refusals: bool = False) -> str | tuple[Part, ...]:
     if isinstance(content, str):
         return content
-    parts = tuple(_part(part, f"{where}[{index}]") for index, part in enumerate(content))
-    return parts[0].text if len(parts) == 1 and isinstance(parts[0], TextPart) else parts
+    parts = tuple(_part(part, f"{where}[{index}]", refusals) for index, part in enumerate(content))
+    return parts[0].text if len(parts) == 1 and type(parts[0]) is TextPart else parts
 
 
-def _part(part: dict[str, Any], where: str) -> Part:
+def _part(part: dict[str, Any], where: str, refusals: bool) -> Part:
     kind = part.get("type")
     if kind in ("input_text", "output_text", "text"):
         return TextPart(check(part, TextContent, where).text)
-    if kind == "refusal":
-        return TextPart(check(part, RefusalContent, where).refusal)
+    if kind == "refusal" and refusals:
+        return RefusalPart(check(part, RefusalContent, where).refusal)
     if kind == "input_image":
         image = check(part, ImageContent, where)
         if image.image_url is None:

@@ -314,9 +314,16 @@ def anthropic_plain(answer: Answer) -> dict[str, Any]:
     return {
         **_anthropic_message(answer),
         "content": content,
-        "stop_reason": _ANTHROPIC_STOP.get(answer.finish, answer.finish),
+        **_anthropic_stop(answer),
         "usage": anthropic_usage(answer.usage),
     }
+
+
+def _anthropic_stop(answer: Answer) -> dict[str, Any]:
+    if not answer.behaviour.refusal:
+        return {"stop_reason": _ANTHROPIC_STOP.get(answer.finish, answer.finish), "stop_sequence": None}
+    details = {"type": "refusal", "category": None, "explanation": answer.behaviour.refusal}
+    return {"stop_reason": "refusal", "stop_sequence": None, "stop_details": details}
 
 
 def anthropic_events(answer: Answer) -> list[bytes]:
@@ -334,8 +341,7 @@ def anthropic_events(answer: Answer) -> list[bytes]:
             event = {"type": "content_block_delta", "index": index, "delta": delta}
             frames.append(frame(event, "content_block_delta"))
         frames.append(frame({"type": "content_block_stop", "index": index}, "content_block_stop"))
-    stop = {"stop_reason": _ANTHROPIC_STOP.get(answer.finish, answer.finish), "stop_sequence": None}
-    end = {"type": "message_delta", "delta": stop, "usage": anthropic_usage(answer.usage)}
+    end = {"type": "message_delta", "delta": _anthropic_stop(answer), "usage": anthropic_usage(answer.usage)}
     frames.append(frame(end, "message_delta"))
     if answer.behaviour.terminator:
         frames.append(frame({"type": "message_stop"}, "message_stop"))

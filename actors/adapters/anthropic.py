@@ -44,7 +44,7 @@ _FINISH: Mapping[str, FinishReason] = {
     "max_tokens": "length",
     "model_context_window_exceeded": "length",
     "tool_use": "tool_calls",
-    "refusal": "content_filter",
+    "refusal": "refusal",
 }
 _EFFORT = {"minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "xhigh", "max": "max"}
 _BUDGET = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 32768, "max": 32768}
@@ -303,7 +303,7 @@ class _Reader:
         for index, block in enumerate(reply["content"]):
             self._open(index, block)
             self._close(index)
-        self._stop(reply["stop_reason"])
+        self._stop(reply)
         self._count(reply["usage"])
 
     def read(self, data: str) -> None:
@@ -319,7 +319,7 @@ class _Reader:
             self.answer.named(event["message"].get("model"))
             self._count(event["message"].get("usage") or {})
         elif kind == "message_delta":
-            self._stop(event["delta"].get("stop_reason"))
+            self._stop(event["delta"])
             self._count(event.get("usage") or {})
         elif kind == "message_stop":
             self.done = True
@@ -361,9 +361,11 @@ class _Reader:
         if index in self._tools and not self.answer.tools[self._tools[index]].arguments:
             self.answer.add_arguments(self._tools[index], "{}")
 
-    def _stop(self, reason: str | None) -> None:
-        if reason:
+    def _stop(self, told: dict[str, Any]) -> None:
+        if reason := told.get("stop_reason"):
             self.answer.finish = _FINISH.get(reason, "stop")
+        # Why it refused, where that can be told.
+        self.answer.add_refusal((told.get("stop_details") or {}).get("explanation") or "")
 
     def _count(self, usage: dict[str, Any]) -> None:
         """Counts are cumulative; the later event wins where it gives one. `input_tokens` leaves out what was read

@@ -39,11 +39,13 @@ class Assembler:
     usage: Usage = field(default_factory=Usage)
     finish: FinishReason | None = None
     thoughts: list[Thought] = field(default_factory=list)
+    refusal: list[str] = field(default_factory=list)
     model: str = ""
     _new_text: list[str] = field(default_factory=list)
     _new_reasoning: list[str] = field(default_factory=list)
     _new_tools: list[ToolCallDelta] = field(default_factory=list)
     _new_thoughts: list[Thought] = field(default_factory=list)
+    _new_refusal: list[str] = field(default_factory=list)
     _told: Usage = field(default_factory=Usage)
 
     def named(self, model: Any) -> None:
@@ -58,6 +60,10 @@ class Assembler:
     def add_reasoning(self, piece: str) -> None:
         if piece:
             self._new_reasoning.append(piece)
+
+    def add_refusal(self, piece: str) -> None:
+        if piece:
+            self._new_refusal.append(piece)
 
     def add_thought(self, thought: Thought) -> None:
         """A finished piece of reasoning that the worker signed; its text was added before."""
@@ -76,7 +82,8 @@ class Assembler:
             self._new_tools.append(ToolCallDelta(index, arguments=piece))
 
     def take(self) -> Chunk | None:
-        if not (self._new_text or self._new_reasoning or self._new_tools or self._new_thoughts):
+        new = (self._new_text, self._new_reasoning, self._new_tools, self._new_thoughts, self._new_refusal)
+        if not any(new):
             return None
         chunk = Chunk(
             "".join(self._new_text),
@@ -84,32 +91,37 @@ class Assembler:
             tuple(self._new_tools),
             thoughts=tuple(self._new_thoughts),
             usage=None if self.usage == self._told else self.usage,
+            refusal="".join(self._new_refusal),
         )
         self._told = self.usage
         self.text.append(chunk.text)
         self.reasoning.append(chunk.reasoning)
         self.thoughts += chunk.thoughts
-        self._new_thoughts.clear()
-        self._new_text.clear()
-        self._new_reasoning.clear()
-        self._new_tools.clear()
+        self.refusal.append(chunk.refusal)
+        for pieces in new:
+            pieces.clear()
         return chunk
 
     def reply(self, worker: str, dropped: Iterable[str]) -> ChatReply:
-        """The whole answer. One that calls tools finishes with `tool_calls`, whatever the server called it."""
+        """The whole answer. One that calls tools finishes with `tool_calls`, and one that says that it refuses with
+        `refusal`, whatever the server called it."""
         self.take()
         calls = tuple(ToolCall(tool.id, tool.name, "".join(tool.arguments)) for tool in self.tools)
         finish = self.finish or "stop"
+        refusal = "".join(self.refusal)
+        if finish == "stop":
+            finish = "tool_calls" if calls else "refusal" if refusal else "stop"
         return ChatReply(
             worker=worker,
             text="".join(self.text),
             reasoning="".join(self.reasoning),
             tool_calls=calls,
-            finish_reason="tool_calls" if calls and finish == "stop" else finish,
+            finish_reason=finish,
             usage=self.usage,
             dropped=tuple(dropped),
             thoughts=tuple(self.thoughts),
             model=self.model,
+            refusal=refusal,
         )
 
 

@@ -17,7 +17,7 @@ from actors.adapters.assemble import Assembler, count, given, stream_answer, too
 from actors.adapters.base import CallContext
 from actors.adapters.upstream import Upstream
 from actors.config import WorkerSpec
-from actors.messages import ChatReply, ChatRequest, Chunk, FinishReason, ImagePart, Message, Usage
+from actors.messages import ChatReply, ChatRequest, Chunk, FinishReason, ImagePart, Message, RefusalPart, Usage
 
 PATH = "/chat/completions"
 
@@ -124,13 +124,13 @@ def request_body(spec: WorkerSpec, request: ChatRequest) -> tuple[dict[str, Any]
 
 
 def _messages(spec: WorkerSpec, request: ChatRequest) -> list[dict[str, Any]]:
-    # Compatible servers feed roles to a chat template, and few templates know `developer`.
+    # Compatible servers feed a conversation to a chat template, and few templates know `developer` or refusals.
     host = urlsplit(spec.url).hostname or ""
-    knows_developer = host.endswith(("openai.com", "azure.com"))
+    knows_all = host.endswith(("openai.com", "azure.com"))
     messages = []
     for message in request.messages:
-        role = "system" if message.role == "developer" and not knows_developer else message.role
-        item: dict[str, Any] = {"role": role, "content": _content(message)}
+        role = "system" if message.role == "developer" and not knows_all else message.role
+        item: dict[str, Any] = {"role": role, "content": _content(message, refusals=knows_all)}
         item |= given(name=message.name, tool_call_id=message.tool_call_id)
         if message.tool_calls:
             item["content"] = item["content"] or None
@@ -146,7 +146,7 @@ def _messages(spec: WorkerSpec, request: ChatRequest) -> list[dict[str, Any]]:
     return messages
 
 
-def _content(message: Message) -> str | list[dict[str, Any]]:
+def _content(message: Message, *, refusals: bool) -> str | list[dict[str, Any]]:
     if isinstance(message.content, str):
         return message.content
     parts: list[dict[str, Any]] = []
@@ -154,6 +154,8 @@ def _content(message: Message) -> str | list[dict[str, Any]]:
         if isinstance(part, ImagePart):
             detail = None if part.detail == "auto" else part.detail
             parts.append({"type": "image_url", "image_url": given(url=part.url, detail=detail)})
+        elif refusals and isinstance(part, RefusalPart):
+            parts.append({"type": "refusal", "refusal": part.text})
         else:
             parts.append({"type": "text", "text": part.text})
     return parts
@@ -168,7 +170,6 @@ class _Reader:
         self._upstream = upstream
         self._request = request
         self._places: dict[int, int] = {}
-        self._refused = False
 
     @property
     def complete(self) -> bool:
@@ -206,11 +207,10 @@ class _Reader:
         for place, call in enumerate(said.get("tool_calls") or ()):
             self._tool_call(place, call)
         if refusal := said.get("refusal"):
-            answer.add_text(refusal)
-            self._refused = True
+            answer.add_refusal(refusal)
         finish = choice.get("finish_reason")
         if finish:
-            answer.finish = "content_filter" if self._refused else _FINISH.get(finish, "stop")
+            answer.finish = _FINISH.get(finish, "stop")
 
     def _parts(self, content: list[Any]) -> None:
         """Mistral's reasoning models answer in parts."""

@@ -12,7 +12,7 @@ from serve import sse
 from serve.api.job import Done
 from serve.auth import Caller
 from serve.schema import ChatBody, FuguBody, parse_chat
-from serve.translate import ChunkWriter, error_event, reply_body, to_request, tokens_body
+from serve.translate import ChunkWriter, error_event, finish_reason, reply_body, to_request, tokens_body
 
 
 class ChatDialect:
@@ -62,7 +62,8 @@ class ChatExchange:
         return self._writer.chunk(chunk)
 
     def end(self, done: Done) -> bytes:
-        last = self._writer.finish(done.reply.finish_reason) + self._writer.usage(tokens_body(done.visible, done.total))
+        last = self._writer.finish(finish_reason(done.reply))
+        last += self._writer.usage(tokens_body(done.visible, done.total))
         if done.told is not None:
             last += self._writer.trace(done.told)
         return last + sse.DONE

@@ -230,7 +230,7 @@ async def _written(
                 await exchange.keep(event)
                 yield exchange.end(event)
                 continue
-            if trace.first_piece_s is None and (event.text or event.tool_calls):
+            if trace.first_piece_s is None and (event.text or event.tool_calls or event.refusal):
                 _note_first_piece(trace)
             yield exchange.chunk(event)
 

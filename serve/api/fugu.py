@@ -39,7 +39,7 @@ class FuguEngine:
                 if chunk.final is None:
                     yield marked_chunk(chunk, record.worker or "")
                     continue
-                if chunk.text or chunk.reasoning or chunk.tool_calls or chunk.thoughts:
+                if chunk.text or chunk.reasoning or chunk.tool_calls or chunk.thoughts or chunk.refusal:
                     yield marked_chunk(replace(chunk, final=None), record.worker or "")
                 yield self._done(job, chunk.final)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -16,7 +17,7 @@ from serve.blocks import Block, Blocks, Step, blocks_of
 from serve.schema import parse_body
 from serve.schema_messages import CountBody, MessagesBody
 from serve.translate import dumps
-from serve.translate_messages import STOP_REASON, block_body, error_body, signature, to_request, usage_body
+from serve.translate_messages import block_body, error_body, signature, stop_body, to_request, usage_body
 
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 
@@ -62,24 +63,23 @@ class MessagesExchange:
         return request, ()
 
     def whole(self, done: Done) -> bytes:
-        content = [self._shown(block) for block in blocks_of(done.reply) if self._shows(block)]
+        blocks = blocks_of(replace(done.reply, refusal=""))
         body = self._message() | {
-            "content": content,
-            "stop_reason": STOP_REASON[done.reply.finish_reason],
+            "content": [self._shown(block) for block in blocks if self._shows(block)],
             "usage": usage_body(done.visible, done.total),
         }
+        body |= stop_body(done.reply)
         return dumps(body if done.told is None else body | {"fugu": done.told})
 
     async def keep(self, done: Done) -> None:
         """Nothing: the caller keeps the conversation."""
 
     def chunk(self, chunk: Chunk) -> bytes:
-        return self._told(self._blocks.take(chunk))
+        return self._told(self._blocks.take(replace(chunk, refusal="") if chunk.refusal else chunk))
 
     def end(self, done: Done) -> bytes:
         last = self._told(self._blocks.end())
-        delta = {"stop_reason": STOP_REASON[done.reply.finish_reason], "stop_sequence": None}
-        end: dict[str, Any] = {"delta": delta, "usage": usage_body(done.visible, done.total)}
+        end: dict[str, Any] = {"delta": stop_body(done.reply), "usage": usage_body(done.visible, done.total)}
         if done.told is not None:
             end["fugu"] = done.told
         return last + _event("message_delta", end) + _event("message_stop", {})

@@ -22,7 +22,7 @@ from serve.translate import dumps
 from serve.translate_responses import read_tools, to_request
 
 # The two ways to end that are not whole, and why.
-_INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
+_INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter", "refusal": "content_filter"}
 
 
 class ResponsesDialect:
@@ -140,7 +140,8 @@ class ResponsesExchange:
         return b"".join(events)
 
     def _finished(self, done: Done) -> dict[str, Any]:
-        reason = _INCOMPLETE.get(done.reply.finish_reason)
+        # A refusal in words is a whole answer.
+        reason = None if done.reply.refusal else _INCOMPLETE.get(done.reply.finish_reason)
         output = self._output.shown(blocks_of(done.reply))
         body = self._response(
             "completed" if reason is None else "incomplete", output, usage_body(done.visible, done.total)

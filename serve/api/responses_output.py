@@ -58,8 +58,8 @@ class Output:
         where = {"item_id": self._id(block), "output_index": place}
         if what == "open":
             yield writer.event("response.output_item.added", output_index=place, item=self._opening(block))
-        if block.kind == "text":
-            yield from _text(writer, what, block, piece, where)
+        if block.kind in ("text", "refusal"):
+            yield from _said(writer, what, block, piece, where)
         elif block.kind == "tool":
             yield from self._call(writer, what, block, piece, where)
         elif self._summary and block.kind == "reasoning":
@@ -77,7 +77,8 @@ class Output:
         return block.name in self._tools.freeform
 
     def _id(self, block: Block) -> str:
-        kind = {"text": "msg", "tool": "ctc" if self._is_freeform(block) else "fc"}.get(block.kind, "rs")
+        tool = "ctc" if self._is_freeform(block) else "fc"
+        kind = {"text": "msg", "refusal": "msg", "tool": tool}.get(block.kind, "rs")
         return f"{kind}_{self._secret}{block.number:02x}"
 
     def _opening(self, block: Block) -> dict[str, Any]:
@@ -90,8 +91,8 @@ class Output:
 
     def _item(self, block: Block, *, sealed: bool) -> dict[str, Any]:
         id = self._id(block)
-        if block.kind == "text":
-            content = [text_part(block.text)]
+        if block.kind in ("text", "refusal"):
+            content = [_part(block.kind, block.text)]
             return {"id": id, "type": "message", "role": "assistant", "status": "completed", "content": content}
         if block.kind == "tool":
             space, name = self._tools.spaces.get(block.name, (None, block.name))
@@ -124,15 +125,21 @@ class Output:
             yield writer.event("response.function_call_arguments.done", **done)
 
 
-def _text(writer: EventWriter, what: str, block: Block, piece: str, where: Mapping[str, Any]) -> Iterator[bytes]:
+def _said(writer: EventWriter, what: str, block: Block, piece: str, where: Mapping[str, Any]) -> Iterator[bytes]:
+    """Text, or a refusal."""
     where = {**where, "content_index": 0}
     if what == "open":
-        yield writer.event("response.content_part.added", **where, part=text_part(""))
-    elif what == "delta":
+        yield writer.event("response.content_part.added", **where, part=_part(block.kind, ""))
+    elif what == "delta" and block.kind == "text":
         yield writer.event("response.output_text.delta", **where, delta=piece, logprobs=[])
+    elif what == "delta":
+        yield writer.event("response.refusal.delta", **where, delta=piece)
     else:
-        yield writer.event("response.output_text.done", **where, text=block.text, logprobs=[])
-        yield writer.event("response.content_part.done", **where, part=text_part(block.text))
+        if block.kind == "text":
+            yield writer.event("response.output_text.done", **where, text=block.text, logprobs=[])
+        else:
+            yield writer.event("response.refusal.done", **where, refusal=block.text)
+        yield writer.event("response.content_part.done", **where, part=_part(block.kind, block.text))
 
 
 def _summary(writer: EventWriter, what: str, block: Block, piece: str, where: Mapping[str, Any]) -> Iterator[bytes]:
@@ -147,8 +154,10 @@ def _summary(writer: EventWriter, what: str, block: Block, piece: str, where: Ma
         yield writer.event("response.reasoning_summary_part.done", **where, part=part)
 
 
-def text_part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _part(kind: str, said: str) -> dict[str, Any]:
+    if kind == "refusal":
+        return {"type": "refusal", "refusal": said}
+    return {"type": "output_text", "text": said, "annotations": [], "logprobs": []}
 
 
 def freeform_input(arguments: str) -> str:

@@ -131,7 +131,7 @@ class Playing:
         calls = (
             ToolCallDelta(index, call.id, call.name, call.arguments) for index, call in enumerate(reply.tool_calls)
         )
-        yield Chunk(reply.text, reply.reasoning, tuple(calls), reply, reply.thoughts)
+        yield Chunk(reply.text, reply.reasoning, tuple(calls), reply, reply.thoughts, refusal=reply.refusal)
 
     def visible(self) -> Usage:
         """What the first call read and what the answering call wrote; the rest is orchestration (Fugu's usage

@@ -58,11 +58,11 @@ class UltraEngine:
         )
         show = job.wishes.show_turns is not False
         told: list[str] = []
-        streamed: list[str] = []
+        streamed: list[Chunk] = []
         async for event in answering.events():
             piece = _piece(event)
             if piece is not None:
-                streamed.append(piece.text)
+                streamed.append(piece)
                 if job.stream:
                     yield piece
             elif show and (line := ultra_view.shown(event)):
@@ -72,7 +72,7 @@ class UltraEngine:
                     yield Chunk(reasoning=line)
         reply = await self._kept(answering)
         if job.stream:
-            yield _rest(reply, "".join(streamed))
+            yield _rest(reply, streamed)
         elif told:
             reply = replace(reply, reasoning="".join(told) + reply.reasoning)
         yield answering.done(reply)
@@ -237,9 +237,9 @@ def _piece(event: ConductEvent) -> Chunk | None:
     return None
 
 
-def _rest(reply: ChatReply, streamed: str) -> Chunk:
+def _rest(reply: ChatReply, streamed: Sequence[Chunk]) -> Chunk:
     """What of the answer has not been streamed."""
+    text, refusal = "".join(each.text for each in streamed), "".join(each.refusal for each in streamed)
     calls = tuple(ToolCallDelta(i, call.id, call.name, call.arguments) for i, call in enumerate(reply.tool_calls))
-    if streamed:
-        return Chunk(reply.text.removeprefix(streamed), tool_calls=calls)
-    return Chunk(reply.text, reply.reasoning, calls, thoughts=reply.thoughts)
+    left = Chunk(reply.text.removeprefix(text), tool_calls=calls, refusal=reply.refusal.removeprefix(refusal))
+    return left if text or refusal else replace(left, reasoning=reply.reasoning, thoughts=reply.thoughts)

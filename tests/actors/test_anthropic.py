@@ -11,7 +11,17 @@ from actors.adapters.anthropic import generation, request_body
 from actors.adapters.base import Adapter, CallContext
 from actors.config import WorkerSpec
 from actors.errors import WorkerRejectedError
-from actors.messages import ChatRequest, Message, ResponseFormat, ToolCall, ToolChoice, ToolSpec, Usage
+from actors.messages import (
+    ChatRequest,
+    Message,
+    RefusalPart,
+    ResponseFormat,
+    TextPart,
+    ToolCall,
+    ToolChoice,
+    ToolSpec,
+    Usage,
+)
 from tests.actors.dialects import KEY, PIXEL, RICH, SCHEMA, SIMPLE, adapter_for, drain
 from tests.loopback import Behaviour, LoopbackProvider
 
@@ -197,6 +207,19 @@ def test_tool_calls_in_the_past_need_tools() -> None:
     assert use["input"] == {"arguments": "not json"}
     assert use["id"] == result["tool_use_id"] == "a_b_1"
     assert "content" not in result
+
+
+@pytest.mark.parametrize("text", ["", "Well, first you "])
+async def test_refusals(provider: LoopbackProvider, adapter: Adapter, text: str) -> None:
+    provider.default = Behaviour(text=text, refusal="This would do harm.")
+    for reply in (await adapter.complete(SIMPLE, CallContext()), (await drain(adapter))[1]):
+        assert (reply.text, reply.refusal, reply.finish_reason) == (text, "This would do harm.", "refusal")
+
+
+def test_a_refusal_in_a_conversation_is_text_here() -> None:
+    said = Message("assistant", (TextPart("Well."), RefusalPart("No.")))
+    body, _ = request_body(spec(), ask(messages=(Message("user", "?"), said, Message("user", "why?"))))
+    assert [block["text"] for block in body["messages"][1]["content"]] == ["Well.", "No."]
 
 
 def test_conversations_the_api_would_refuse() -> None:

@@ -12,7 +12,17 @@ from actors.adapters.base import Adapter, CallContext
 from actors.adapters.openai import request_body
 from actors.config import WorkerSpec
 from actors.errors import ProtocolError, WorkerAuthError
-from actors.messages import ChatRequest, ImagePart, Message, ResponseFormat, ToolCall, ToolChoice, ToolSpec, Usage
+from actors.messages import (
+    ChatRequest,
+    ImagePart,
+    Message,
+    RefusalPart,
+    ResponseFormat,
+    ToolCall,
+    ToolChoice,
+    ToolSpec,
+    Usage,
+)
 from tests.actors.dialects import KEY, PIXEL, RICH, SCHEMA, SIMPLE, adapter_for, drain
 from tests.loopback import Behaviour, LoopbackProvider
 
@@ -151,8 +161,22 @@ async def test_what_arrives(provider: LoopbackProvider, adapter: Adapter) -> Non
 async def test_refusals(provider: LoopbackProvider, adapter: Adapter) -> None:
     provider.default = Behaviour(refusal="I cannot help with that.")
     for reply in (await adapter.complete(SIMPLE, CallContext()), (await drain(adapter))[1]):
-        assert reply.text == "I cannot help with that."
-        assert reply.finish_reason == "content_filter"
+        assert (reply.text, reply.refusal) == ("", "I cannot help with that.")
+        assert reply.finish_reason == "refusal"
+
+
+@pytest.mark.parametrize(
+    ("url", "sent"),
+    [
+        ("https://api.openai.com/v1", {"type": "refusal", "refusal": "no"}),
+        ("http://127.0.0.1:1/v1", {"type": "text", "text": "no"}),
+    ],
+)
+def test_a_refusal_goes_back_as_one_where_it_is_known(url: str, sent: dict[str, str]) -> None:
+    spec = WorkerSpec(name="w", provider="openai", model="m", base_url=url)
+    said = Message("assistant", (RefusalPart("no"),))
+    body, _ = request_body(spec, ChatRequest((Message("user", "?"), said, Message("user", "why?"))))
+    assert body["messages"][1] == {"role": "assistant", "content": [sent]}
 
 
 def stream_of(*events: Any) -> Behaviour:

@@ -145,6 +145,8 @@ async def test_finish_reasons(
     provider: LoopbackProvider, adapter: Adapter, dialect: Dialect, finish: str, expected: str
 ) -> None:
     provider.default = Behaviour(finish=finish)
+    if (dialect, finish) == ("anthropic", "content_filter"):
+        expected = "refusal"  # its only word for either
     assert (await adapter.complete(SIMPLE, CallContext())).finish_reason == expected
     assert (await drain(adapter))[1].finish_reason == expected
 

@@ -23,6 +23,7 @@ from actors.messages import (
     Chunk,
     ImagePart,
     Message,
+    RefusalPart,
     ResponseFormat,
     TextPart,
     Thought,
@@ -71,7 +72,9 @@ thoughts = st.lists(
 
 
 @st.composite
-def conversations(draw: st.DrawFn, *, with_thoughts: bool, with_failures: bool) -> tuple[Message, ...]:
+def conversations(
+    draw: st.DrawFn, *, with_thoughts: bool = False, with_failures: bool = False, with_refusals: bool = False
+) -> tuple[Message, ...]:
     messages = [Message("system", draw(words))] if draw(st.booleans()) else []
     number = 0
     for _ in range(draw(st.integers(1, 3))):
@@ -82,13 +85,18 @@ def conversations(draw: st.DrawFn, *, with_thoughts: bool, with_failures: bool) 
             calls.append(ToolCall(f"call_{number}", draw(names), draw(arguments)))
         text = draw(words) if not calls or draw(st.booleans()) else ""
         thought = draw(thoughts) if with_thoughts else ()
-        messages.append(Message("assistant", text, tool_calls=tuple(calls), thoughts=thought))
+        content = _refused(text, draw(words)) if with_refusals and draw(st.booleans()) else text
+        messages.append(Message("assistant", content, tool_calls=tuple(calls), thoughts=thought))
         for call in calls:
             failed = with_failures and draw(st.booleans())
             messages.append(Message("tool", draw(contents), tool_call_id=call.id, failed=failed))
     if messages[-1].role == "assistant":
         messages.append(Message("user", draw(words)))
     return tuple(messages)
+
+
+def _refused(text: str, refusal: str) -> tuple[TextPart, ...]:
+    return (*((TextPart(text),) if text else ()), RefusalPart(refusal))
 
 
 @st.composite
@@ -115,7 +123,7 @@ SPEC = WorkerSpec(name="w", provider="openai", model="m")
 CLAUDE = WorkerSpec(name="w", provider="anthropic", model="m", accepts=("temperature", "top_p"))
 
 
-@given(conversations(with_thoughts=False, with_failures=False), tooled(), settings_of_a_call, formats)
+@given(conversations(with_refusals=True), tooled(), settings_of_a_call, formats)
 def test_chat_requests(messages: tuple[Message, ...], tools: Any, settings: Any, format: ResponseFormat | None) -> None:
     request = ChatRequest(messages, response_format=format, **tools, **settings)
     body, dropped = openai.request_body(SPEC, request)
@@ -152,10 +160,11 @@ def replies(draw: st.DrawFn) -> ChatReply:
     # Unsigned reasoning may follow what was signed.
     rest = draw(st.one_of(st.just(""), words))
     reasoning = "".join(each.text for each in signed) + rest
-    finish = "tool_calls" if calls else draw(st.sampled_from(("stop", "length", "content_filter")))
+    finish = "tool_calls" if calls else draw(st.sampled_from(("stop", "length", "content_filter", "refusal")))
+    refusal = draw(st.one_of(st.just(""), words)) if finish == "refusal" else ""
     read, written = draw(st.integers(0, 99)), draw(st.integers(0, 99))
     usage = Usage(read, written, draw(st.integers(0, read)), draw(st.integers(0, written)))
-    return ChatReply("w", text, reasoning, calls, finish, usage, thoughts=signed)  # type: ignore[arg-type]
+    return ChatReply("w", text, reasoning, calls, finish, usage, thoughts=signed, refusal=refusal)  # type: ignore[arg-type]
 
 
 @st.composite
@@ -175,6 +184,7 @@ def streams(draw: st.DrawFn) -> tuple[ChatReply, list[Chunk]]:
     signed = sum(len(thought.text) for thought in reply.thoughts)
     chunks += [Chunk(reasoning=piece) for piece in cut(reply.reasoning[signed:])]
     chunks += [Chunk(piece) for piece in cut(reply.text)]
+    chunks += [Chunk(refusal=piece) for piece in cut(reply.refusal)]
     waiting: list[list[ToolCallDelta]] = []
     for index, call in enumerate(reply.tool_calls):
         first = ToolCallDelta(index, call.id, call.name, "")
@@ -199,6 +209,7 @@ def _merged(chunks: Sequence[Chunk]) -> list[Chunk]:
             "".join(chunk.reasoning for chunk in chunks),
             tuple(call for chunk in chunks for call in chunk.tool_calls),
             thoughts=tuple(thought for chunk in chunks for thought in chunk.thoughts),
+            refusal="".join(chunk.refusal for chunk in chunks),
         )
     ]
 
@@ -228,8 +239,11 @@ def test_chat_streams_and_replies(stream: tuple[ChatReply, list[Chunk]]) -> None
             for event in events_of(written(exchange(), reply, chunks)):
                 reader.read(event)
             assert reader.done
-        # Chat has no place for signed thoughts.
-        assert reader.answer.reply("w", ()) == replace(reply, thoughts=(), model=HELLO["model"])
+        # Chat has no place for signed thoughts, nor for a refusal without words.
+        silent = reply.finish_reason == "refusal" and not reply.refusal
+        finish: Any = "content_filter" if silent else reply.finish_reason
+        expected = replace(reply, thoughts=(), model=HELLO["model"], finish_reason=finish)
+        assert reader.answer.reply("w", ()) == expected
 
 
 @given(streams())
@@ -249,7 +263,10 @@ def test_messages_streams_and_replies(stream: tuple[ChatReply, list[Chunk]]) -> 
             for event in events_of(written(exchange(), reply, chunks)):
                 reader.read(event)
             assert reader.done
-        assert reader.answer.reply("w", ()) == replace(reply, thoughts=told, model=HELLO["model"])
+        # Nor has Anthropic a word of its own for a filter's doing.
+        finish: Any = "refusal" if reply.finish_reason == "content_filter" else reply.finish_reason
+        expected = replace(reply, thoughts=told, model=HELLO["model"], finish_reason=finish)
+        assert reader.answer.reply("w", ()) == expected
 
 
 TOOLS = [
@@ -294,11 +311,16 @@ def test_responses_streams_and_replies(stream: tuple[ChatReply, list[Chunk]], su
     strip = _without_ids
     assert [strip(item) for item in plain["output"]] == [strip(item) for item in items]
     assert final["usage"]["total_tokens"] == reply.usage.total_tokens
+    unfinished = reply.finish_reason in ("length", "content_filter") or (
+        reply.finish_reason == "refusal" and not reply.refusal
+    )
+    assert final["status"] == ("incomplete" if unfinished else "completed")
 
 
 def _words_of(item: dict[str, Any]) -> str:
     if item["type"] == "message":
-        return cast(str, item["content"][0]["text"])
+        (part,) = item["content"]
+        return cast(str, part["refusal"] if part["type"] == "refusal" else part["text"])
     if item["type"] == "reasoning":
         return "".join(part["text"] for part in item["summary"])
     return cast(str, item.get("arguments", item.get("input")))
@@ -319,8 +341,9 @@ def test_kept_responses_are_read_as_they_were(answers: list[ChatReply]) -> None:
         reply = replace(reply, tool_calls=calls)
         items += [{"role": "user", "content": "?"}, *output.kept(blocks_of(reply))]
         expected.append(Message("user", "?"))
-        if reply.text or calls:
-            expected.append(Message("assistant", reply.text, tool_calls=calls, thoughts=reply.thoughts))
+        if reply.text or reply.refusal or calls:
+            content = _refused(reply.text, reply.refusal) if reply.refusal else reply.text
+            expected.append(Message("assistant", content, tool_calls=calls, thoughts=reply.thoughts))
     assert to_messages(items, tools, "input") == expected
 
 
