@@ -24,6 +24,7 @@ from training.grpo import (
     log_probabilities,
     token_losses,
 )
+from training.lora import Precision
 from training.sampling import sample
 
 SHAPE = LoraShape(rank=4, alpha=8, targets=("q_proj", "v_proj"))
@@ -287,6 +288,26 @@ def test_sampling_draws_what_the_model_says_and_repeats_itself(model: Any) -> No
     ended = drawn(1, ends={end})
     assert all(end not in one[:-1] for copies in ended for one in copies)
     assert any(one[-1] == end for copies in ended for one in copies)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_learner_samples_with_its_adapter_and_keeps_its_weights(
+    folder: Path, adapter: Path, precision: Precision
+) -> None:
+    with_adapter = GrpoLearner(
+        folder, GrpoSettings(steps=1, lora=SHAPE, max_tokens=8), start=adapter, device="cpu", precision=precision
+    )
+    before = {name: weight.clone() for name, weight in with_adapter.model.named_parameters()}
+    prompts = [[5, 6, 7, 8], [9, 10, 11]]
+    drawn = with_adapter.sample(prompts, copies=4, generator=torch.Generator().manual_seed(0))
+    assert all(torch.equal(before[name], weight) for name, weight in with_adapter.model.named_parameters())
+    if precision == "float32":  # merged weights of fewer digits may draw another token
+        plain = {"copies": 4, "max_tokens": 8, "ends": {with_adapter.end}}
+        unmerged = sample(with_adapter.model, prompts, generator=torch.Generator().manual_seed(0), **plain)
+        assert drawn == unmerged
+        with with_adapter.model.disable_adapter():
+            bare = sample(with_adapter.model, prompts, generator=torch.Generator().manual_seed(0), **plain)
+        assert drawn != bare
 
 
 def test_sampled_shares_are_the_models_probabilities(model: Any) -> None:
