@@ -71,7 +71,8 @@ def free_port() -> int:
 
 @contextmanager
 def running(command: list[str], ready_url: str | None, log: Path, env: dict[str, str]) -> Iterator[int]:
-    """The command in a process group of its own until the block ends; waits until `ready_url` answers below 500."""
+    """The command in a process group of its own until the block ends. Waits until `ready_url` answers, and not with 404
+    or 5xx."""
     with log.open("wb") as sink:
         process = subprocess.Popen(
             command, stdout=sink, stderr=sink, cwd=ROOT, env={**os.environ, **env}, start_new_session=True
@@ -98,7 +99,8 @@ def wait_for(url: str, process: subprocess.Popen[bytes], log: Path, seconds: flo
             with urllib.request.urlopen(url, timeout=5):
                 return
         except urllib.error.HTTPError as error:
-            if error.code < 500:
+            # Serve's own proxy answers 404 as long as it knows of no application.
+            if error.code < 500 and error.code != 404:
                 return
             time.sleep(0.3)
         except (urllib.error.URLError, OSError):

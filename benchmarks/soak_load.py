@@ -57,11 +57,12 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where to send: the server and its key, the provider behind it, and how many of its answers fail."""
+    """Where to send: the server and its key, the provider behind it (None: it is not asked directly), and how many of
+    its answers fail."""
 
     url: str
     key: str
-    provider: str
+    provider: str | None
     seed: int
     share: float
 
@@ -83,7 +84,7 @@ async def drive(target: Target, load: Load, *, rate: float, seconds: float) -> N
                 continue
             load.sent += 1
             tasks = [_one(http, target, load, number, path, stream, leaves, began)]
-            if number % _DIRECT_EVERY == 0:
+            if target.provider is not None and number % _DIRECT_EVERY == 0:
                 tasks.append(_directly(http, target, load, number, began))
             for each in tasks:
                 task = asyncio.create_task(each)

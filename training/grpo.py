@@ -388,8 +388,8 @@ def _merged(model: Any) -> Iterator[None]:
     token then costs one product per layer instead of three. The layers' own weights come back bit by bit."""
     from peft.tuners.lora import LoraLayer
 
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    weights = [layer.get_base_layer().weight for layer in layers]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    weights: list[Tensor] = [layer.get_base_layer().weight for layer in layers]
     kept = [weight.detach().clone() for weight in weights]
     if layers:
         model.merge_adapter()

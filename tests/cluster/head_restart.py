@@ -107,9 +107,9 @@ def work(kind: str) -> dict[str, Any]:
     while_down = asking.answered - before
     step("fugu up")
     fugu("up", str(cluster))
+    # With what the head knew the node comes back to it; else it ends, and is started again by the new one.
+    until("the worker has joined", lambda: _joined(cluster), WAIT_SECONDS)
     if kind == "nothing":
-        # A node whose head was lost ends, and is started again by the new one.
-        until("the worker has joined", lambda: _joined(cluster), WAIT_SECONDS)
         step("fugu deploy")
         fugu(*deploy)
     step("fugu status")

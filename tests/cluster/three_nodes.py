@@ -7,10 +7,13 @@ evolution loses), `serve`.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,10 +46,17 @@ EVOLVE_SECONDS = 200.0
 DEPLOY_SECONDS = 240.0
 
 
-def main(folder: Path, parts: list[str]) -> None:
-    (folder / "haproxy").mkdir()
-    prepare(ServeConfig(), folder / "haproxy")
+def prepared(folder: Path) -> None:
+    """The environment of all that runs here. Before ray is imported."""
+    # Not in `folder`: below pytest's own, the paths of HAProxy's sockets would be longer than it takes.
+    own = Path(tempfile.mkdtemp(prefix="fugu-"))
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    prepare(ServeConfig(), own)
     os.environ |= {"FUGU_STATE": str(folder / "state"), "FUGU_CACHE": str(folder / "cache"), "CLUSTER_KEY": KEY}
+
+
+def main(folder: Path, parts: list[str]) -> None:
+    prepared(folder)
     import ray
     from ray.cluster_utils import Cluster
 
@@ -57,7 +67,7 @@ def main(folder: Path, parts: list[str]) -> None:
         serving = cluster.add_node(num_cpus=2, resources={"rollout": 1000, "egress": 1000, "serve": 1000})
         ray.init(address=cluster.address, namespace="fugu", log_to_driver=False, logging_level="ERROR")
         with LoopbackProvider() as upstream:
-            _backbone(folder)
+            backbone(folder)
             for what in ("driver", "node"):
                 if what in parts:
                     report["evolve"] = evolve_twice(
@@ -65,7 +75,7 @@ def main(folder: Path, parts: list[str]) -> None:
                     )
             upstream.clear()
             if "serve" in parts:
-                with served(folder, upstream) as url:
+                with served(folder, _workers(upstream)) as url:
                     report["placed"] = where_everything_is(serving.node_id)
                     report["update"] = update_the_checkpoint(folder, upstream, url)
                     report["kills"] = kill_in_turn(upstream, url)
@@ -78,7 +88,8 @@ def main(folder: Path, parts: list[str]) -> None:
         cluster.shutdown()
 
 
-def _backbone(folder: Path) -> None:
+def backbone(folder: Path) -> None:
+    """FOLDER/tiny, which evolution and router read with."""
     from tests.orchestrator.tiny import tiny_folder
 
     (folder / "tiny").mkdir()
@@ -122,7 +133,7 @@ def evolve_twice(
         found[name] = {
             "seconds": time.monotonic() - began,
             "history": repeatable(done.folder / "history.jsonl"),
-            "checkpoint": _content(done.out),
+            "checkpoint": content(done.out),
             **at,
         }
     same = found["undisturbed"].pop("checkpoint") == found[what].pop("checkpoint")
@@ -130,13 +141,15 @@ def evolve_twice(
     return found
 
 
-def evolve(folder: Path, name: str, *, resume: bool = False) -> Any:
+def evolve(folder: Path, name: str, *, resume: bool = False, seed: int = 1, config: str = "config.yaml") -> Any:
     """The evolution, on the Ray that this process is connected to."""
     from tests.training.test_live import settings
+    from training.evolution import Settings
     from training.evolve import run
 
     given = {"mode": "fugu-trinity", "generations": 3, "max_turns": 3, "choose": "sample", "resume": resume}
-    return run(settings(folder, folder / name, folder / "config.yaml", **given))
+    search = Settings(sigma=0.3, population=8, seed=seed)
+    return run(settings(folder, folder / name, folder / config, search=search, **given))
 
 
 def drive(folder: Path, address: str) -> None:
@@ -153,7 +166,7 @@ def _speaks(request: Recorded) -> str:
     return speaks(request)
 
 
-def _content(checkpoint: Path) -> Any:
+def content(checkpoint: Path) -> Any:
     """Metadata and numbers; the file's own order of its metadata is not always the same."""
     from safetensors import safe_open
 
@@ -181,11 +194,11 @@ def _lose_midway(out: Path, upstream: LoopbackProvider, lose: Callable[[], None]
 
 
 @contextmanager
-def served(folder: Path, upstream: LoopbackProvider) -> Iterator[str]:
+def served(folder: Path, workers: list[dict[str, Any]]) -> Iterator[str]:
     """An application as `serve deploy` deploys it, behind the head's proxy; two heads that decide the opposite."""
     from ray import serve
 
-    deploy(folder, upstream)
+    deploy(folder, workers)
     url = f"http://127.0.0.1:{_port(folder)}"
     until_it_answers(url)
     try:
@@ -194,17 +207,8 @@ def served(folder: Path, upstream: LoopbackProvider) -> Iterator[str]:
         serve.shutdown()
 
 
-def deploy(folder: Path, upstream: LoopbackProvider, **options: Any) -> None:
-    """What `serve deploy` does with the file that `fugu serve --emit-serve-config` prints."""
-    from ray import serve
-    from ray.serve.context import _get_global_client
-    from ray.serve.schema import ServeDeploySchema
-
-    from serve.emit import serve_config, text
-
-    if not (folder / "yes.safetensors").exists():
-        _heads(folder)
-    workers = [
+def _workers(upstream: LoopbackProvider) -> list[dict[str, Any]]:
+    return [
         {
             "name": name,
             "provider": "openai",
@@ -215,6 +219,19 @@ def deploy(folder: Path, upstream: LoopbackProvider, **options: Any) -> None:
         }
         for name in WORKERS[:2]
     ]
+
+
+def deploy(folder: Path, workers: list[dict[str, Any]], **options: Any) -> None:
+    """What `serve deploy` does with the file that `fugu serve --emit-serve-config` prints. The `workers` are called as
+    the first two of `WORKERS`."""
+    from ray import serve
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    from serve.emit import serve_config, text
+
+    if not (folder / "yes.safetensors").exists():
+        _heads(folder)
     replicas = {"min": 2, "max": 2}
     config = {
         "workers": workers,
@@ -317,9 +334,10 @@ def update_the_checkpoint(folder: Path, upstream: LoopbackProvider, url: str) ->
     pids = _pids("ray::ServeReplica")
     with ThreadPoolExecutor(3) as threads:
         asking = [threads.submit(keep_asking, number) for number in range(3)]
-        deploy(folder, upstream, checkpoint=str(folder / "no.safetensors"))
+        workers = _workers(upstream)
+        deploy(folder, workers, checkpoint=str(folder / "no.safetensors"))
         after = [ask(url, prompt) for prompt in prompts]
-        deploy(folder, upstream, canary=str(folder / "no.safetensors"), share=0.5)
+        deploy(folder, workers, canary=str(folder / "no.safetensors"), share=0.5)
         tried = [ask(url, prompt) for prompt in prompts]
         stop.set()
         during = [each for future in asking for each in future.result()]
@@ -366,7 +384,8 @@ def where_everything_is(node: str) -> dict[str, Any]:
     return {"serving": node, "actors": found}
 
 
-def _processes(title: str) -> list[psutil.Process]:
+def processes(title: str) -> list[psutil.Process]:
+    """Of the cluster's, those whose title begins so."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -378,11 +397,11 @@ def _processes(title: str) -> list[psutil.Process]:
 
 
 def _pids(title: str) -> list[int]:
-    return sorted(process.pid for process in _processes(title))
+    return sorted(process.pid for process in processes(title))
 
 
 def _kill_one(title: str) -> None:
-    _processes(title)[0].kill()
+    processes(title)[0].kill()
 
 
 if __name__ == "__main__":
