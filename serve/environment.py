@@ -22,13 +22,15 @@ from actors.errors import ConfigError
 # Ray's own numbers, for nodes that have them to themselves.
 CLUSTER_PORTS = (8404, 9101, 8500, 9500)
 
-# Ray's HAProxy template opens its statistics and metrics on every interface, and answers a replica's death with plain
-# text. This stands in for the binary: it mends the configuration, then becomes HAProxy (same process id, same
-# arguments, which Serve checks) and ends with the process that started it.
+# Ray's HAProxy template opens its statistics and metrics on every interface, answers a replica's death with plain text,
+# and not at all where the connection to that replica had served another request before. This stands in for the binary:
+# it mends the configuration, then becomes HAProxy (same process id, same arguments, which Serve checks) and ends with
+# the process that started it.
 _WRAPPER = """#!/bin/sh
 for argument in "$@"; do
   case "$last" in -f)
     sed -e 's/^\\( *\\)bind :/\\1bind 127.0.0.1:/' -e 's/^\\( *\\)bind \\*:{stats}$/\\1bind 127.0.0.1:{stats}/' \\
+      -e 's/^\\( *\\)http-reuse always$/\\1http-reuse never/' \\
       "$argument" > "$argument.mended" && cat "$argument.mended" > "$argument"
     cat '{error}' > "$(dirname "$argument")/500.http" ;;
   esac
@@ -105,6 +107,10 @@ def settings(config: ServeConfig, folder: Path, ports: Sequence[int]) -> dict[st
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(int(config.request_timeout) + 60),
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(int(config.request_timeout) + 60),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(config.drain) + 5),
+        # A gateway that died before it said anything: another one is asked, as the pool asks an actor that died. Holds
+        # for requests that fit HAProxy's buffer.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",
         "RAY_SERVE_HAPROXY_MAXCONN": str(max(4096, 2 * config.max_ongoing_requests)),
     }
 
