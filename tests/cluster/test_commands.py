@@ -110,8 +110,6 @@ def test_emitting_says_what_is_wrong(tmp_path: Path) -> None:
 @pytest.mark.timeout(SECONDS + 60)
 def test_up_submit_deploy_down_for_real() -> None:
     reason = machines.why_not()
-    if not os.environ.get("FUGU_CLUSTER_TESTS"):
-        reason = "takes minutes and several gigabytes: set FUGU_CLUSTER_TESTS=1"
     if reason is not None:
         pytest.skip(reason)
     code, output = ran("tests.cluster.local_up")

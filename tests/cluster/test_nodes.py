@@ -31,8 +31,6 @@ def reported(folder: Path, part: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    if not os.environ.get("FUGU_CLUSTER_TESTS"):
-        pytest.skip("takes minutes and several gigabytes: set FUGU_CLUSTER_TESTS=1")
     return reported(tmp_path_factory.mktemp("serve"), "serve")
 
 
