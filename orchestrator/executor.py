@@ -325,7 +325,7 @@ class _Running:
         async with aclosing(pieces):
             try:
                 async for chunk in pieces:
-                    asked.shown |= bool(chunk.text or chunk.reasoning or chunk.tool_calls)
+                    asked.shown |= bool(chunk.text or chunk.refusal or chunk.reasoning or chunk.tool_calls)
                     asked.text.append(chunk.text)
                     asked.reasoning.append(chunk.reasoning)
                     self.on_event(StepChunk(index, chunk))

@@ -106,7 +106,8 @@ def settings(config: ServeConfig, folder: Path, ports: Sequence[int]) -> dict[st
         # The gateway bounds every request and sends keep-alives; the proxy must not be the first to give up.
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(int(config.request_timeout) + 60),
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(int(config.request_timeout) + 60),
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(config.drain) + 5),
+        # How long the HAProxy of before a change of replicas may finish what it serves: a stream must outlast it.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(config.request_timeout) + 60),
         # A gateway that died before it said anything: another one is asked, as the pool asks an actor that died. Holds
         # for requests that fit HAProxy's buffer.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",

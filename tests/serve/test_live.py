@@ -362,13 +362,36 @@ def _status(server: RunningServer) -> int:
 
 
 def test_a_gateway_that_dies_is_replaced(with_haproxy: RunningServer, provider: LoopbackProvider) -> None:
-    victim, _ = with_haproxy.find("ray::ServeReplica:fugu:Gateway")
-    victim.kill()
-    codes = [_status(with_haproxy) for _ in range(20)]
-    # One request may meet the dying gateway, and one connection HAProxy's change to its new configuration.
-    assert codes.count(200) >= 18, codes
-    wait_until(lambda: len(with_haproxy.find("ray::ServeReplica:fugu:Gateway")) == 2, timeout=60)
-    wait_until(lambda: {post(with_haproxy, json=body()).status_code for _ in range(5)} == {200}, timeout=30)
+    # Longer than the server would take to stop (`drain`): a change of replicas is no reason to end a stream.
+    provider.enqueue(*[Behaviour(text="word " * 30 + "end", chunk_delay=0.5)] * 4)
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        streams = [threads.submit(_text_streamed, with_haproxy) for _ in range(4)]
+        wait_until(lambda: provider.in_flight == 4)
+        victim, _ = with_haproxy.find("ray::ServeReplica:fugu:Gateway")
+        victim.kill()
+        codes = [_status(with_haproxy) for _ in range(20)]
+        # One request may meet the dying gateway, and one connection HAProxy's change to its new configuration.
+        assert codes.count(200) >= 18, codes
+        wait_until(lambda: len(with_haproxy.find("ray::ServeReplica:fugu:Gateway")) == 2, timeout=60)
+        wait_until(lambda: {post(with_haproxy, json=body()).status_code for _ in range(5)} == {200}, timeout=30)
+        texts = [stream.result(60) for stream in streams]
+    # Those of the other gateway; what a gateway had begun to write breaks with it.
+    whole = [text.count("word") == 30 and text.endswith("data: [DONE]\n\n") for text in texts]
+    assert any(whole), [text[-200:] for text in texts]
+
+
+def _text_streamed(server: RunningServer) -> str:
+    """What came of a stream before it ended, or broke."""
+    text = ""
+    headers = {"authorization": f"Bearer {KEY}"}
+    with (
+        contextlib.suppress(httpx.TransportError),
+        httpx.Client(trust_env=False, timeout=60) as http,
+        http.stream("POST", f"{server.url}/v1/chat/completions", headers=headers, json=body(stream=True)) as reply,
+    ):
+        for part in reply.iter_text():
+            text += part
+    return text
 
 
 def test_no_secret_and_no_prompt_in_any_log(server: RunningServer, provider: LoopbackProvider) -> None:
