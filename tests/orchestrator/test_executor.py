@@ -324,6 +324,20 @@ async def test_a_stream_falls_back_before_its_first_word_and_not_after() -> None
     assert len(run.steps[1].failures) == 1
 
 
+async def test_a_refusal_that_was_seen_in_part_is_followed_by_nothing() -> None:
+    class Refusing(Player):
+        async def stream(self, request: ChatRequest) -> AsyncIterator[Chunk]:
+            yield Chunk(refusal="I would ra")
+            raise StreamBrokenError("broke off", worker=self.name)
+
+    workers = pool(Refusing("a"), Player("b", saying("one two")))
+    events, run = await collect(QUERY, plan(("b", ()), ("a", (0,))), workers, ranking=("b",))
+    assert [event.chunk.refusal for event in events if isinstance(event, StepChunk)] == ["I would ra"]
+    assert [event.worker for event in events if isinstance(event, StepStarted)] == ["b", "a"]
+    assert run.answer is None
+    assert isinstance(run.error, StreamBrokenError)
+
+
 async def test_what_was_streamed_when_the_time_ran_out_stands() -> None:
     workers = pool(Player("a", saying("one two three four five six"), delay=0.1))
     events, run = await collect(QUERY, plan(("a", ())), workers, budget=Budget(seconds=0.25))
