@@ -38,6 +38,7 @@ from actors.telemetry import TelemetryConfig
 Provider = Literal["openai", "anthropic", "gemini", "local", "vllm", "replay"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Pin = Annotated[str, Field(pattern=r"^[0-9]{8}[a-z0-9.-]{0,16}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PositiveInt = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Usd = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -208,13 +209,14 @@ class RouterConfig(Strict):
     over a conversation within `stay_seconds`, the life of a provider's prompt cache; 0 always takes the best.
     `pins` are checkpoints that stay: `20261123: old.safetensors` serves `fugu-20261123` (and, if it has roles,
     `fugu-trinity-20261123`) beside the rolling names, for who wants to freeze behaviour. Each is a backbone more in the
-    router's memory.
+    router's memory. `pin_sha256` says what the file of a pin must contain, by its SHA-256 in hexadecimal digits.
     """
 
     backbone: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     checkpoint: Path | None = None
     canary: Canary | None = None
     pins: dict[Pin, Path] = {}
+    pin_sha256: dict[Pin, Sha256] = {}
     choose: Literal["argmax", "sample"] = "argmax"
     fallbacks: Annotated[int, Field(ge=0, le=16)] = 2
     max_tokens: PositiveInt = 1024
@@ -444,6 +446,8 @@ def parse_config(raw: Any, base: Path, where: str, environ: Mapping[str, str] | 
             # A bare date is a number to YAML.
             raw["router"]["pins"] = pins = {str(pin): path for pin, path in pins.items()}
             _resolve_paths(pins, tuple(pins), base)
+        if isinstance(digests := raw["router"].get("pin_sha256"), dict):
+            raw["router"]["pin_sha256"] = {str(pin): digest for pin, digest in digests.items()}
     if isinstance(raw.get("conductor"), dict):
         _resolve_paths(raw["conductor"], ("adapter", "memory"), base)
     try:

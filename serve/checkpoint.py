@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
@@ -29,11 +31,40 @@ def check_pins(config: RouterConfig, rolling: object) -> None:
     """`rolling` is the checkpoint that the rolling names have, if any.
 
     Raises:
-        ConfigError: a pin's checkpoint cannot be read; or there is none that rolls, and so no router is deployed that
-            could keep them.
+        ConfigError: a pin's checkpoint cannot be read, or is not what its digest says; or there is none that rolls,
+            and so no router is deployed that could keep them.
     """
     if config.pins and rolling is None:
         raise ConfigError("router.pins: set router.checkpoint, too, if only to one of them; without it nothing decides")
     for pin, file in config.pins.items():
         if not file.is_file():
             raise ConfigError(f"router.pins.{pin}: {file} cannot be read from here")
+        check_digest(config, pin)
+    for pin in config.pin_sha256:
+        if pin not in config.pins:
+            raise ConfigError(f"router.pin_sha256.{pin}: there is no such pin; add it to router.pins, or take this out")
+
+
+def check_digest(config: RouterConfig, pin: str) -> None:
+    """Raises:
+    ConfigError: the pin's file is not the one that its digest was taken of.
+    """
+    wanted = config.pin_sha256.get(pin)
+    if wanted is None:
+        return
+    found = digest(config.pins[pin])
+    if found != wanted:
+        raise ConfigError(
+            f"router.pins.{pin}: {config.pins[pin]} has the SHA-256 {found or '(it cannot be read)'}, and not {wanted} "
+            "as router.pin_sha256 says: it is another file than the one that was pinned. Put that one back, or give "
+            "the new one a pin of its own"
+        )
+
+
+def digest(file: Path) -> str | None:
+    """The SHA-256 of a file in hexadecimal digits; None where it cannot be read."""
+    try:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError:
+        return None

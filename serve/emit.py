@@ -48,8 +48,9 @@ def serve_config(
     files = router.pop("checkpoint", None), (router.pop("canary", None) or {})
     check_pins(config.router, files[0] or checkpoint)
     # Pins stay in the configuration: a pin never changes, and gateways must know which there are.
-    if router.get("pins"):
-        router["pins"] = {str(pin): file for pin, file in router["pins"].items()}
+    for name in ("pins", "pin_sha256"):
+        if router.get(name):
+            router[name] = {str(pin): value for pin, value in router[name].items()}
     raw["serve"] = {key: value for key, value in (raw.get("serve") or {}).items() if key not in ("host", "port")}
     base = path.parent.resolve()
     base = base.relative_to(CODE) if base.is_relative_to(CODE) else base

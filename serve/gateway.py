@@ -39,7 +39,7 @@ from serve.api.session import TRINITY, TrinityEngine
 from serve.api.ultra import ULTRA, UltraEngine
 from serve.api.wishes import WishReader
 from serve.auth import Keys
-from serve.checkpoint import why_no_roles
+from serve.checkpoint import digest, why_no_roles
 from serve.conductor import Conducting, conducting, why_no_conductor
 from serve.keys import KeyBook
 from serve.memory import ActorStore
@@ -99,7 +99,7 @@ class Gateway:
         else:
             engines[ULTRA] = UltraEngine(deciding, *ultra)
         engines |= _pinned(config.router, deciding)
-        served = Served(tuple(engines), absent)
+        served = Served(tuple(engines), absent, _digests(config.router, tuple(engines)))
         keys, wishes = Keys(config.serve, KeyBook(longest=config.serve.request_timeout)), WishReader(config)
         store = SqliteStore(state_dir() / "conversations.sqlite") if config.serve.store else None
         conversations = Conversations(store, config.serve.store_days * DAY)
@@ -211,6 +211,13 @@ def _pinned(router: RouterConfig, deciding: Deciding) -> dict[str, Engine]:
         if why_no_roles(router.model_copy(update={"checkpoint": checkpoint})) is None:
             engines[f"{TRINITY}-{pin}"] = TrinityEngine(pinned)
     return engines
+
+
+def _digests(router: RouterConfig, names: Sequence[str]) -> dict[str, str]:
+    """The SHA-256 of the checkpoint behind each pinned model, where it can be read."""
+    found = {pin: digest(checkpoint) for pin, checkpoint in router.pins.items()}
+    models = {f"{model}-{pin}": sha256 for pin, sha256 in found.items() for model in (MODEL, TRINITY)}
+    return {name: sha256 for name in names if (sha256 := models.get(name)) is not None}
 
 
 def _rest(

@@ -21,6 +21,7 @@ from actors.config import RouterConfig
 from actors.errors import FuguError, NoWorkerAllowedError
 from actors.messages import ImagePart, Message
 from actors.telemetry import TelemetryConfig, open_telemetry
+from serve.checkpoint import check_digest
 from serve.trace import Choice
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ class RouterReplica:
     def _load(self, new: Served) -> tuple[Any, Any | None]:
         for pin, checkpoint in self._config.pins.items():
             if pin not in self._pinned:
+                check_digest(self._config, pin)
                 self._pinned[pin] = _load(self._config, str(checkpoint), self._workers)
         canary = None if new.canary is None else _load(self._config, new.canary, self._workers)
         return _load(self._config, new.checkpoint, self._workers), canary

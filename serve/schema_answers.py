@@ -58,13 +58,14 @@ class ModelWorker(BaseModel):
 
 
 class ModelBody(BaseModel):
-    """A served model, and the workers that the caller's constraints may name."""
+    """A served model, the workers that constraints may name for it, and of a pin the SHA-256 of its checkpoint."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     workers: list[ModelWorker]
+    sha256: str | None = None
 
 
 class ModelsBody(BaseModel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from actors.config import FuguConfig
@@ -19,15 +19,17 @@ ROLLING = (MODEL, TRINITY, ULTRA)
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The models that are served, rolling names before pins, and of those that could be why they are not."""
+    """The models that are served, rolling names before pins; of those that could be, why they are not; and of pins the
+    SHA-256 of their checkpoint."""
 
     names: tuple[str, ...]
     absent: Mapping[str, str]
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 def models_body(config: FuguConfig, created: int, served: Served, caller: Caller = ANYONE) -> dict[str, Any]:
     """The models that the caller may use."""
-    data = [_model(name, config, created, caller.key) for name in served.names if _may_use(caller.key, name)]
+    data = [_model(name, config, created, served, caller.key) for name in served.names if _may_use(caller.key, name)]
     return {"object": "list", "data": data}
 
 
@@ -40,7 +42,7 @@ def one_model_body(
     """
     check_served(name, served)
     caller.check_model(name)
-    return _model(name, config, created, caller.key)
+    return _model(name, config, created, served, caller.key)
 
 
 def check_served(name: str, served: Served) -> None:
@@ -60,7 +62,8 @@ def _may_use(key: Key | None, model: str) -> bool:
     return key is None or key.models is None or model in key.models
 
 
-def _model(name: str, config: FuguConfig, created: int, key: Key | None) -> dict[str, Any]:
+def _model(name: str, config: FuguConfig, created: int, served: Served, key: Key | None) -> dict[str, Any]:
     allowed = [spec for spec in config.active if key is None or key.workers is None or spec.name in key.workers]
     workers = [{"name": spec.name, "tags": list(spec.tags)} for spec in allowed]
-    return {"id": name, "object": "model", "created": created, "owned_by": "fugu-ray", "workers": workers}
+    about = {"id": name, "object": "model", "created": created, "owned_by": "fugu-ray", "workers": workers}
+    return about | ({"sha256": served.sha256[name]} if name in served.sha256 else {})

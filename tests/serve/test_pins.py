@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -180,11 +181,50 @@ async def test_pins_are_models_of_their_own(files: dict[str, Any]) -> None:
     app = Gateway(config, workers, Asked(), Readiness({}))  # type: ignore[arg-type]
     listed = [model["id"] for model in (await get(app, "/v1/models")).json()["data"]]
     assert listed == ["fugu", "fugu-20261101", "fugu-20261102", "fugu-trinity-20261102"]
+    told = {model["id"]: model.get("sha256") for model in (await get(app, "/v1/models")).json()["data"]}
+    old, roles = (sha256_of(file) for file in files["pins"].values())
+    assert list(told.values()) == [None, old, roles, roles]
+    assert (await get(app, "/v1/models/fugu-20261101")).json()["sha256"] == old
     for model, said in (("fugu", "by a"), ("fugu-20261101", "by b")):
         body = (await post(app, model=model)).json()
         assert (body["model"], body["choices"][0]["message"]["content"]) == (model, said)
     unknown = await post(app, model="fugu-20261231")
     assert (unknown.status_code, "'fugu-20261101'" in unknown.text) == (404, True)
+
+
+def sha256_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+async def test_a_pin_whose_file_was_exchanged_is_refused(files: dict[str, Any], tmp_path: Path) -> None:
+    old, new = files["pins"]["20261101"], files["checkpoint"]
+    pinned = {**files, "checkpoint": str(new), "pins": {"20261101": str(old)}}
+    specs = [{"name": name, "provider": "openai", "model": "m"} for name in ("a", "b")]
+    path = tmp_path / "pool.yaml"
+
+    def written(**digests: str) -> RouterConfig:
+        path.write_text(yaml.safe_dump({"workers": specs, "router": {**pinned, "pin_sha256": digests}}))
+        return load_config(path).router
+
+    kept = written(**{"20261101": sha256_of(old)})
+    check_pins(kept, kept.checkpoint)
+    assert serve_config(path)["applications"][0]["args"]["config"]["router"]["pin_sha256"] == kept.pin_sha256
+    replica = replica_of(kept)
+    await replica.reconfigure(Served.of(kept).json())
+    assert await replica.status() is None
+
+    exchanged = written(**{"20261101": sha256_of(new)})
+    with pytest.raises(ConfigError, match=f"{sha256_of(old)}, and not {sha256_of(new)}"):
+        check_pins(exchanged, exchanged.checkpoint)
+    replica = replica_of(exchanged)
+    await replica.reconfigure(Served.of(exchanged).json())
+    assert "another file than the one that was pinned" in (await replica.status()).message
+
+    without = written(**{"20261102": sha256_of(old)})
+    with pytest.raises(ConfigError, match="there is no such pin"):
+        check_pins(without, without.checkpoint)
+    with pytest.raises(ConfigError, match="pin_sha256"):
+        written(**{"20261101": "9f86"})
 
 
 def test_paths_are_relative_to_the_file_and_names_are_dates(tmp_path: Path) -> None:
