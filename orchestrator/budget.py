@@ -15,7 +15,7 @@ from typing import Literal
 
 from actors.errors import BudgetError, CircuitOpenError, ContextLengthError, DeadlineError, FuguError, LimitReachedError
 from actors.estimate import estimate_tokens
-from actors.messages import ChatReply, ChatRequest
+from actors.messages import ChatReply, ChatRequest, Usage
 
 Clock = Callable[[], float]
 # USD for a call to a worker with so many input and output tokens; None where its price is unknown.
@@ -104,6 +104,10 @@ class Account:
             if not isinstance(error, FuguError):  # cancelled: it may have been answered all the same
                 self.tokens += grant.tokens
                 self.usd += grant.usd
+
+    def price(self, worker: str, usage: Usage) -> float | None:
+        """USD for what a call took; None where the worker's price is unknown."""
+        return None if self._price is None else self._price(worker, usage.input_tokens, usage.output_tokens)
 
     def _admit_calls(self, request: ChatRequest, shares: int) -> tuple[int, ChatRequest]:
         if self.budget.calls is None:

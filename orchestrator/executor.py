@@ -345,7 +345,8 @@ class _Running:
         text, reasoning = "".join(asked.text), "".join(asked.reasoning)
         if text:
             usage = Usage(estimate_tokens(asked.request).input, text_tokens(text) + text_tokens(reasoning))
-            reply = ChatReply(asked.worker, text, reasoning, finish_reason="length", usage=usage)
+            cost = self.account.price(asked.worker, usage)
+            reply = ChatReply(asked.worker, text, reasoning, finish_reason="length", usage=usage, cost_usd=cost)
         return StepResult(index, step, asked.worker, reply, asked.started_s, self._now(), skipped="cut")
 
     def _run(self) -> Run:

@@ -347,6 +347,12 @@ async def test_what_was_streamed_when_the_time_ran_out_stands() -> None:
     assert run.answered().finish_reason == "length"
     assert run.answered().cost_usd is None
     assert run.out_of == "seconds"
+    # Where prices are known, so is what the half of it cost.
+    account = Account(Budget(seconds=0.25), price=lambda _worker, read, wrote: read + 1000.0 * wrote)
+    _, run = await collect(QUERY, plan(("a", ())), workers, budget=account)
+    used = run.answered().usage
+    assert used.output_tokens >= 1
+    assert run.answered().cost_usd == run.cost_usd == used.input_tokens + 1000.0 * used.output_tokens
     assert not run.complete
 
 
