@@ -38,6 +38,8 @@ def why_not() -> str | None:
     """Why there can be no machines here; None: there can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "needs root on Linux, to make namespaces"
+    if any(Path(place).resolve().is_relative_to("/tmp") for place in (ROOT, sys.prefix, sys.base_prefix)):
+        return "the checkout or its Python lies in /tmp, of which each machine has its own"
     missing = [name for name in TOOLS if which(name) is None]
     if missing:
         return f"not installed: {', '.join(missing)} (apt-get install {PACKAGES})"
