@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from actors.config import WorkerSpec
 from actors.errors import CheckpointError, ConfigError, DataError, WorkerUnavailableError
 from actors.messages import ChatReply, ChatRequest, Message, Timing, Usage, Worker
 from orchestrator.head import load_checkpoint, save_checkpoint
-from tests.loopback import Behaviour, LoopbackProvider
+from tests.loopback import LoopbackProvider
 from tests.orchestrator.tiny import tiny_folder
 from tests.training.problems import SUBJECTS, WORKERS, world
-from tests.training.test_live import asked, configured, speaks
+from tests.training.test_live import asked, configured
 from training import train_sft
 from training.evaluate_live import LiveRun, endpoint_specs, run
 from training.generations import BudgetReachedError
@@ -32,12 +32,6 @@ from training.spending import Budget
 from training.systems import System
 
 COST = (10 * 1 + 20 * 10) / 1e6
-
-
-@pytest.fixture
-def upstream() -> Iterator[LoopbackProvider]:
-    with LoopbackProvider(Behaviour(text=speaks, usage=Usage(10, 20))) as provider:
-        yield provider
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,12 +43,6 @@ def speaks(request: Recorded) -> str:
     if "Do not solve the task" in asked:
         return "<suggestion>Look closely.</suggestion><next>worker</next>"
     return "x" if verb in SUBJECTS.get(request.model, ()) else "y"
-
-
-@pytest.fixture
-def upstream() -> Iterator[LoopbackProvider]:
-    with LoopbackProvider(Behaviour(text=speaks, usage=Usage(10, 20))) as provider:
-        yield provider
 
 
 @pytest.fixture(scope="module")

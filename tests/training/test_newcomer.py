@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,16 @@ from typer.testing import CliRunner
 
 import fugu
 from actors.errors import CheckpointError, ConfigError, DataError
-from actors.messages import Usage
 from orchestrator.head import load_checkpoint
-from tests.loopback import Behaviour, LoopbackProvider
+from tests.loopback import LoopbackProvider
 from tests.orchestrator.tiny import tiny_folder
 from tests.training.problems import world
-from tests.training.test_live import configured, speaks
+from tests.training.test_live import configured
 from training import train_sft
 from training.newcomer import NewcomerRun, run, spread
 from training.outcomes import Outcomes, read_outcomes, write_outcomes
 
 OLD = ("words", "sums")
-
-
-@pytest.fixture
-def upstream() -> Iterator[LoopbackProvider]:
-    with LoopbackProvider(Behaviour(text=speaks, usage=Usage(10, 20))) as provider:
-        yield provider
 
 
 @pytest.fixture(scope="module")
