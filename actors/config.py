@@ -442,12 +442,9 @@ def parse_config(raw: Any, base: Path, where: str, environ: Mapping[str, str] | 
         _resolve_paths(raw["router"], ("checkpoint",), base)
         if isinstance(raw["router"].get("canary"), dict):
             _resolve_paths(raw["router"]["canary"], ("checkpoint",), base)
+        raw["router"] |= named_pins(raw["router"])
         if isinstance(pins := raw["router"].get("pins"), dict):
-            # A bare date is a number to YAML.
-            raw["router"]["pins"] = pins = {str(pin): path for pin, path in pins.items()}
             _resolve_paths(pins, tuple(pins), base)
-        if isinstance(digests := raw["router"].get("pin_sha256"), dict):
-            raw["router"]["pin_sha256"] = {str(pin): digest for pin, digest in digests.items()}
     if isinstance(raw.get("conductor"), dict):
         _resolve_paths(raw["conductor"], ("adapter", "memory"), base)
     try:
@@ -488,6 +485,12 @@ def _expand(value: Any, environ: Mapping[str, str], where: str) -> Any:
         return found
 
     return _VARIABLE.sub(lookup, value)
+
+
+def named_pins(router: Mapping[str, Any]) -> dict[str, Any]:
+    """What the router's part of a file says of pins, with their names as text: a bare date is a number to YAML."""
+    told = {name: router[name] for name in ("pins", "pin_sha256") if isinstance(router.get(name), dict)}
+    return {name: {str(pin): value for pin, value in values.items()} for name, values in told.items()}
 
 
 def _resolve_paths(section: dict[str, Any], keys: tuple[str, ...], base: Path) -> None:

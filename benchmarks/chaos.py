@@ -163,6 +163,11 @@ def chaos(folder: Path, seconds: float, rate: float, every: float, rng: random.R
         text = (folder / "evolution.log").read_text()[-3000:] if ended else ""
     cut, untyped = without_an_end(load.ended, kills, began)
     endings = load.endings()
+    wrong = [f"{each.ending}: {each.error}" for each in load.ended if each.ending == "wrong bytes"]
+    nameless = [
+        f"{each.ending}: {each.path} {each.error} {each.at:.1f} s, {each.seconds:.1f} s long" for each in untyped
+    ]
+    killed = [f"{kill.what} at {kill.at - began:.1f} s" for kill in kills if untyped]
     over_limit = [max(0, fullest[name] - PER_MINUTE) + max(0, at_once[name] - AT_ONCE) for name in upstreams]
     return {
         "benchmark": "chaos",
@@ -180,11 +185,7 @@ def chaos(folder: Path, seconds: float, rate: float, every: float, rng: random.R
         "fullest_minute": fullest,
         "most_at_once": at_once,
         "evolution_error": text,
-        "examples": [f"{each.ending}: {each.error}" for each in load.ended if each.ending == "wrong bytes"][:5]
-        + [f"{each.ending}: {each.path} {each.error} {each.at:.1f} s, {each.seconds:.1f} s long" for each in untyped][
-            :5
-        ]
-        + [f"{kill.what} at {kill.at - began:.1f} s" for kill in kills if untyped],
+        "examples": [*wrong[:5], *nameless[:5], *killed],
         "zero": {
             "wrong": endings["wrong bytes"],
             "untyped": len(untyped),

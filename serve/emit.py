@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from actors.config import FuguConfig, RouterConfig, parse_config, read_yaml
+from actors.config import FuguConfig, RouterConfig, named_pins, parse_config, read_yaml
 from actors.errors import ConfigError
 from actors.storage import local_copy
 from serve.auth import check_bind
@@ -48,9 +48,7 @@ def serve_config(
     files = router.pop("checkpoint", None), (router.pop("canary", None) or {})
     check_pins(config.router, files[0] or checkpoint)
     # Pins stay in the configuration: a pin never changes, and gateways must know which there are.
-    for name in ("pins", "pin_sha256"):
-        if router.get(name):
-            router[name] = {str(pin): value for pin, value in router[name].items()}
+    router |= named_pins(router)
     raw["serve"] = {key: value for key, value in (raw.get("serve") or {}).items() if key not in ("host", "port")}
     base = path.parent.resolve()
     base = base.relative_to(CODE) if base.is_relative_to(CODE) else base

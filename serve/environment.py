@@ -89,6 +89,8 @@ def settings(config: ServeConfig, folder: Path, ports: Sequence[int]) -> dict[st
     lines = (*head, f"Content-Length: {len(_ERROR_BODY)}", "", _ERROR_BODY)
     _replace(error, "\r\n".join(lines), 0o644)
     _replace(wrapper, _WRAPPER.format(stats=stats, error=error, binary=binary), 0o755)
+    # The gateway bounds every request and sends keep-alives; the proxy must not be the first to give up.
+    longest = str(int(config.request_timeout) + 60)
     return made | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
@@ -103,11 +105,11 @@ def settings(config: ServeConfig, folder: Path, ports: Sequence[int]) -> dict[st
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(grpc),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
-        # The gateway bounds every request and sends keep-alives; the proxy must not be the first to give up.
-        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(int(config.request_timeout) + 60),
-        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(int(config.request_timeout) + 60),
-        # How long the HAProxy of before a change of replicas may finish what it serves: a stream must outlast it.
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(int(config.request_timeout) + 60),
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": longest,
+        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": longest,
+        # How long the HAProxy of before a change of replicas may finish what it serves: a stream must outlast it. A
+        # replica that stops keeps its port from being given again for as long; Ray has 1,000 of them per node.
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": longest,
         # A gateway that died before it said anything: another one is asked, as the pool asks an actor that died. Holds
         # for requests that fit HAProxy's buffer.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",

@@ -98,8 +98,9 @@ class Gateway:
             absent[ULTRA] = ultra
         else:
             engines[ULTRA] = UltraEngine(deciding, *ultra)
-        engines |= _pinned(config.router, deciding)
-        served = Served(tuple(engines), absent, _digests(config.router, tuple(engines)))
+        pinned, digests = _pinned(config.router, deciding)
+        engines |= pinned
+        served = Served(tuple(engines), absent, digests)
         keys, wishes = Keys(config.serve, KeyBook(longest=config.serve.request_timeout)), WishReader(config)
         store = SqliteStore(state_dir() / "conversations.sqlite") if config.serve.store else None
         conversations = Conversations(store, config.serve.store_days * DAY)
@@ -202,22 +203,20 @@ class GatewayReplica:
         return None if failure is None else f"failed: {failure.message}"
 
 
-def _pinned(router: RouterConfig, deciding: Deciding) -> dict[str, Engine]:
-    """The models of pinned checkpoints: `fugu-20261123`, and `fugu-trinity-20261123` where it has roles."""
+def _pinned(router: RouterConfig, deciding: Deciding) -> tuple[dict[str, Engine], dict[str, str]]:
+    """The models of pinned checkpoints, `fugu-20261123`, and `fugu-trinity-20261123` where it has roles; and of each
+    the SHA-256 of its checkpoint, where it can be read."""
     engines: dict[str, Engine] = {}
+    digests: dict[str, str] = {}
     for pin, checkpoint in router.pins.items():
         pinned = deciding.pinned(pin)
-        engines[f"{MODEL}-{pin}"] = FuguEngine(pinned)
+        made: dict[str, Engine] = {f"{MODEL}-{pin}": FuguEngine(pinned)}
         if why_no_roles(router.model_copy(update={"checkpoint": checkpoint})) is None:
-            engines[f"{TRINITY}-{pin}"] = TrinityEngine(pinned)
-    return engines
-
-
-def _digests(router: RouterConfig, names: Sequence[str]) -> dict[str, str]:
-    """The SHA-256 of the checkpoint behind each pinned model, where it can be read."""
-    found = {pin: digest(checkpoint) for pin, checkpoint in router.pins.items()}
-    models = {f"{model}-{pin}": sha256 for pin, sha256 in found.items() for model in (MODEL, TRINITY)}
-    return {name: sha256 for name in names if (sha256 := models.get(name)) is not None}
+            made[f"{TRINITY}-{pin}"] = TrinityEngine(pinned)
+        engines |= made
+        if (found := digest(checkpoint)) is not None:
+            digests |= dict.fromkeys(made, found)
+    return engines, digests
 
 
 def _rest(

@@ -31,7 +31,7 @@ from actors.adapters.local_model import load_model
 from actors.adapters.text_worker import render
 from actors.errors import ConfigError
 from actors.messages import Message
-from training.lora import Precision, attention_on, end_token, restore_state, write_adapter, write_state
+from training.lora import Precision, attention_on, end_token, merged, restore_state, write_adapter, write_state
 from training.sampling import sample
 
 Vector = Sequence[float]
@@ -228,7 +228,7 @@ class GrpoLearner:
     ) -> list[list[list[int]]]:
         """`copies` completions of each prompt, as `training.sampling.sample` gives them; at the settings' temperature
         if none is given."""
-        with _merged(self.model):
+        with merged(self.model):
             return sample(
                 self.model,
                 prompts,
@@ -380,26 +380,6 @@ def _learning(model: Any, settings: GrpoSettings, start: Path | None) -> Any:
             return get_peft_model(model, config)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise ConfigError(f"no adapter fits the model: {(str(error).splitlines() or [''])[0][:200]}") from error
-
-
-@contextmanager
-def _merged(model: Any) -> Iterator[None]:
-    """A peft model's adapter within the weights of the layers it stands beside, for as long as this is open: every
-    token then costs one product per layer instead of three. The layers' own weights come back bit by bit."""
-    from peft.tuners.lora import LoraLayer
-
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    weights: list[Tensor] = [layer.get_base_layer().weight for layer in layers]
-    kept = [weight.detach().clone() for weight in weights]
-    if layers:
-        model.merge_adapter()
-    try:
-        yield
-    finally:
-        if layers:
-            model.unmerge_adapter()
-            # What a sum in bfloat16 has rounded away, a difference does not bring back.
-            _put(weights, kept)
 
 
 @torch.no_grad()
