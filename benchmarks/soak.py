@@ -5,8 +5,9 @@
 
 The real server (`fugu serve`, HAProxy, a router with a tiny backbone, a key with an account, limits with a journal) in
 front of two workers, OpenAI's and Anthropic's wire formats, whose provider is a process of its own on the loopback
-interface. Chat, Responses and Messages in turn, half of them streamed; `--faults` of the requests meet a provider that
-resets, stalls, writes garbage, cuts its JSON or answers 429, 500 or 401 (`tests/faults.py`), a tenth are answered
+interface. Chat, Responses and Messages in turn, half of them streamed; eight of ten ask for `fugu`, one for
+`fugu-trinity`, one for `fugu-ultra`, whose conductor is one of the workers. `--faults` of the requests meet a provider
+that resets, stalls, writes garbage, cuts its JSON or answers 429, 500 or 401 (`tests/faults.py`), a tenth are answered
 slowly, a fiftieth of the callers go away.
 
 Prints per process its memory after warm-up and at the end, added latency per window (total, of requests whose provider
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -47,8 +49,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SEED = 7
 START_SECONDS = 400.0
 TOTAL_SECONDS = 60.0
+REQUEST_SECONDS = 120.0
 LEAKED_SECONDS = TOTAL_SECONDS + 30
 """A grant that is open for so long was never given back: nothing takes longer than `TOTAL_SECONDS` upstream."""
+MODELS = (("fugu", 0.8), ("fugu-trinity", 0.1), ("fugu-ultra", 0.1))
 WORKERS = {"first": "openai", "second": "anthropic"}
 
 
@@ -100,7 +104,7 @@ def soak(plan: Plan, folder: Path, out: Path) -> dict[str, Any]:
         provider(plan) as url,
         RunningServer(folder, configuration(folder, url), patience=START_SECONDS) as server,
     ):
-        target = Target(server.url, key, url, SEED, plan.faults)
+        target = Target(server.url, key, url, SEED, plan.faults, MODELS)
         load, kept = Load(), dict[tuple[int, str], list[Memory]]()
         grants = Grants(state)
         asyncio.run(watched(server, target, load, kept, grants, plan))
@@ -119,6 +123,7 @@ def soak(plan: Plan, folder: Path, out: Path) -> dict[str, Any]:
         "unsent": load.unsent,
         "endings": dict(load.endings()),
         "errors": dict(load.errors()),
+        "models": {name: dict(Counter(each.ending for each in load.ended if each.model == name)) for name, _ in MODELS},
         "leaked": leaked,
         "largest_growth_percent": round(max((each.percent for each in grown), default=0.0), 2),
         "growth": [asdict(each) | {"percent": round(each.percent, 2)} for each in grown],
@@ -157,11 +162,21 @@ def provider(plan: Plan) -> Iterator[str]:
 
 
 def configuration(folder: Path, upstream: str) -> dict[str, Any]:
-    """Two workers in two wire formats, with limits that are kept on disk and never reached, and a tiny router."""
+    """Two workers in two wire formats, with limits that are kept on disk and never reached, a tiny router whose head
+    plays roles, and a worker as the conductor."""
     from tests.orchestrator.tiny import tiny_folder
 
     backbone, head = tiny_folder(folder / "backbone"), folder / "head.safetensors"
-    command = [sys.executable, "-m", "benchmarks.random_head", str(head), *WORKERS, "--backbone", str(backbone)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.random_head",
+        str(head),
+        *WORKERS,
+        "--backbone",
+        str(backbone),
+        "--roles",
+    ]
     subprocess.run(command, cwd=ROOT, check=True, timeout=180)
     common = {
         "api_key": "not-needed-here",
@@ -176,7 +191,9 @@ def configuration(folder: Path, upstream: str) -> dict[str, Any]:
         for name, kind in WORKERS.items()
     ]
     router = {"backbone": str(backbone), "checkpoint": str(head), "max_tokens": 256}
-    return {"workers": workers, "router": router, "serve": {"keep_alive": 1.0}}
+    conductor = {"worker": "first", "style": "compact", "deadline": REQUEST_SECONDS / 2}
+    serve = {"keep_alive": 1.0, "request_timeout": REQUEST_SECONDS}
+    return {"workers": workers, "router": router, "conductor": conductor, "serve": serve}
 
 
 async def watched(

@@ -25,13 +25,15 @@ _DIRECT_EVERY = 10
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """One request. `at`: seconds since the beginning when it was sent. `clean`: its provider answered at once."""
+    """One request. `at`: seconds since the beginning when it was sent. `clean`: one call, which the provider answered
+    at once."""
 
     at: float
     seconds: float
     ending: Ending
     clean: bool
     stream: bool
+    model: str
     path: str
     error: str = ""
 
@@ -57,14 +59,15 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where to send: the server and its key, the provider behind it (None: it is not asked directly), and how many of
-    its answers fail."""
+    """Where to send: the server and its key, the provider behind it (None: it is not asked directly), how many of its
+    answers fail, and which models are asked for, with their weights."""
 
     url: str
     key: str
     provider: str | None
     seed: int
     share: float
+    models: tuple[tuple[str, float], ...] = (("fugu", 1.0),)
 
 
 async def drive(target: Target, load: Load, *, rate: float, seconds: float) -> None:
@@ -79,11 +82,12 @@ async def drive(target: Target, load: Load, *, rate: float, seconds: float) -> N
         for number in range(int(rate * seconds)):
             await asyncio.sleep(max(0.0, number / rate - (time.perf_counter() - began)))
             path, stream, leaves = rng.choice(PATHS), rng.random() < 0.5, rng.random() < LEAVING
+            [model] = rng.choices([name for name, _ in target.models], [weight for _, weight in target.models])
             if len(under_way) >= AT_ONCE or time.perf_counter() - began > seconds + 1:
                 load.unsent += 1
                 continue
             load.sent += 1
-            tasks = [_one(http, target, load, number, path, stream, leaves, began)]
+            tasks = [_one(http, target, load, number, model, path, stream, leaves, began)]
             if target.provider is not None and number % _DIRECT_EVERY == 0:
                 tasks.append(_directly(http, target, load, number, began))
             for each in tasks:
@@ -101,6 +105,7 @@ async def _one(
     target: Target,
     load: Load,
     number: int,
+    model: str,
     path: str,
     stream: bool,
     leaves: bool,
@@ -108,11 +113,12 @@ async def _one(
 ) -> None:
     start = time.perf_counter()
     reader = Reader(path, stream)
-    clean = kind_of(target.seed, target.share, number) == "clean"
+    # Only such a request is one call, whose time can be told from the provider's own.
+    clean = model == "fugu" and kind_of(target.seed, target.share, number) == "clean"
     error = ""
     try:
         headers = {"authorization": f"Bearer {target.key}", "x-api-key": target.key}
-        body = body_of(path, number, stream, store=number % 2 == 0)
+        body = body_of(path, number, stream, model=model, store=number % 2 == 0)
         async with http.post(target.url + path, json=body, headers=headers) as response:
             if leaves:
                 await response.content.read(1)
@@ -130,7 +136,7 @@ async def _one(
     except (AssertionError, ValueError, KeyError, TypeError, LookupError) as wrong:
         ending, error = "wrong bytes", f"{type(wrong).__name__}: {str(wrong)[:200]}"
     seconds = time.perf_counter() - start
-    load.ended.append(Ended(start - began, seconds, ending, clean, stream, path, error))
+    load.ended.append(Ended(start - began, seconds, ending, clean, stream, model, path, error))
 
 
 async def _directly(http: aiohttp.ClientSession, target: Target, load: Load, number: int, began: float) -> None:

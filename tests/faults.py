@@ -1,7 +1,8 @@
 """Providers that fail in every way, and callers who know what the right answer was: for tests and for the soak.
 
 As a program, `python -m tests.faults --share 0.1 --seed 7`, it is a provider in a process of its own: prints its port,
-answers "request N." with the words of N (`text_of`), fails the given share of the requests, and ends with its input.
+answers "request N." with the words of N (`text_of`), or with a workflow of two steps where it is asked for one, fails
+the given share of the requests, and ends with its input.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import sys
 from dataclasses import replace
 from typing import Any, Literal
 
 from actors.messages import ToolCall
 from actors.sse import SSEDecoder
+from orchestrator.conductor_prompt import COMPACT_SYSTEM
+from orchestrator.workflow import Step, Workflow, render_workflow
 from tests.loopback import Behaviour, LoopbackProvider, Recorded
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
@@ -35,9 +39,10 @@ def text_of(number: int) -> str:
     return " ".join(f"w{number}x{at}" for at in range(12))
 
 
-def body_of(path: str, number: int, stream: bool, *, store: bool = False) -> dict[str, Any]:
-    """A request that `number_in` knows again."""
-    body: dict[str, Any] = {"model": "fugu", "stream": stream, "tools": TOOLS[path]}
+def body_of(path: str, number: int, stream: bool, *, model: str = "fugu", store: bool = False) -> dict[str, Any]:
+    """A request that `number_in` knows again. Tools are offered to `fugu` alone: the other models answer a call of one
+    worker's by asking the caller in the middle of their work, and there is then no text to compare."""
+    body: dict[str, Any] = {"model": model, "stream": stream} | ({"tools": TOOLS[path]} if model == "fugu" else {})
     question = f"request {number}."
     if path == RESPONSES:
         return {**body, "input": question, "store": store}
@@ -45,8 +50,9 @@ def body_of(path: str, number: int, stream: bool, *, store: bool = False) -> dic
 
 
 def number_in(request: Recorded) -> int:
-    said = json.dumps(request.body["messages"])
-    return int(said.partition("request ")[2].partition(".")[0])
+    found = re.search(r"request (\d+)\.", json.dumps(request.body["messages"]))
+    assert found is not None, "every request has its number"
+    return int(found.group(1))
 
 
 def kind_of(seed: int, share: float, number: int) -> Kind:
@@ -62,14 +68,25 @@ def behaviour_of(seed: int, share: float, request: Recorded) -> Behaviour:
     number = number_in(request)
     kind = kind_of(seed, share, number)
     if kind == "faulty":
-        return faulty(random.Random(f"{seed}/{number}/{request.dialect}"), number, request.stream)
-    right = Behaviour(text=text_of(number))
+        rng = random.Random(f"{seed}/{number}/{request.dialect}")
+        return faulty(rng, number, request.stream, tools="tools" in request.body)
+    right = Behaviour(text=plan_of(number) if wants_plan(request) else text_of(number))
     return right if kind == "clean" else replace(right, delay=PACE, chunk_delay=PACE)
 
 
-def faulty(rng: random.Random, number: int, stream: bool) -> Behaviour:
+def wants_plan(request: Recorded) -> bool:
+    return COMPACT_SYSTEM in json.dumps([request.body.get("system"), request.body["messages"]])
+
+
+def plan_of(number: int) -> str:
+    """A worker's work and another one's that reads it, each asked for the words of the number."""
+    question = f"request {number}."
+    return render_workflow(Workflow((Step("0", question), Step("1", question, (0,)))), ("0", "1"))
+
+
+def faulty(rng: random.Random, number: int, stream: bool, *, tools: bool = True) -> Behaviour:
     right = Behaviour(text=text_of(number), reasoning="hm" if rng.random() < 0.3 else "")
-    if rng.random() < 0.2:
+    if rng.random() < 0.2 and tools:
         right = replace(right, tool_calls=(ToolCall(f"c{number}", "look", json.dumps({"at": number})),))
     kind = rng.choice(
         ("right", "right", "reset", "fin", "stall", "slow", "garbage", "429", "500", "401", "error", "cut")
