@@ -193,7 +193,7 @@ class ChatReply:
     """A worker's whole answer. `dropped` names request fields the provider does not accept; `cost_usd` is None where
     the price is unknown; `attempts` counts upstream calls, retries included; `cached` says no upstream call was made.
     `model` is what the provider says answered, "" where it does not. `refusal` is what was said instead of an answer,
-    or of the rest of one.
+    or of the rest of one. `estimated`: the provider told no usage, which is taken from the lengths of the texts.
     """
 
     worker: str
@@ -210,6 +210,7 @@ class ChatReply:
     thoughts: tuple[Thought, ...] = ()
     model: str = ""
     refusal: str = ""
+    estimated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 # How the actors' names begin.
 PREFIX = "fugu-provider:"
 # Part of them: raise it when actor and pool no longer understand those of an earlier version.
-_PROTOCOL = 4
+_PROTOCOL = 5
 _START_SECONDS = 300.0
 _STATUS_SECONDS = 5.0
 _KILL_SECONDS = 10.0
@@ -135,6 +135,13 @@ class WorkerPool:
                 continue
             with contextlib.suppress(ValueError):  # it has ended by now
                 ray.get_actor(name, namespace=namespace).retire.remote(after)
+
+    def release(self, after: float = _UNUSED_SECONDS) -> None:
+        """Tell this configuration's actors to end once nobody has been connected to them for `after` seconds: for who
+        has started them and cannot know who else has come to use them."""
+        for shard in _distinct(self._shards.values()):
+            with contextlib.suppress(ValueError):  # it has ended by now
+                ray.get_actor(shard.name, namespace=shard.namespace).retire.remote(after)
 
     def shutdown(self) -> None:
         """Kill this configuration's actors, whoever started them, and no others. Those that trace may send what they

@@ -136,6 +136,6 @@ class ProviderActor:
             await asyncio.sleep(after / 20)
             if self._server is not None and self._server.connected:
                 used = time.monotonic()
-        logger.warning("the actor of %s ends: another configuration took its place", self._specs[0].name)
+        logger.warning("the actor of %s ends: nobody is connected to it, and nobody will be", self._specs[0].name)
         await self.close_telemetry()
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)

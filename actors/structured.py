@@ -136,4 +136,5 @@ def joined(first: ChatReply, second: ChatReply) -> ChatReply:
         cost_usd=None if None in costs else sum(cost for cost in costs if cost is not None),
         attempts=first.attempts + second.attempts,
         timing=timing,
+        estimated=first.estimated or second.estimated,
     )

@@ -38,7 +38,7 @@ from actors.estimate import estimate_tokens, text_tokens
 from actors.journal import Journal
 from actors.limiter import SLACK, WINDOW, Grant, Limiter, Share, split
 from actors.marks import worker_tag
-from actors.messages import ChatReply, ChatRequest, Chunk, Message, Thought, Timing, ToolCallDelta
+from actors.messages import ChatReply, ChatRequest, Chunk, Message, Thought, Timing, ToolCallDelta, Usage
 from actors.prices import pricing
 from actors.spans import Span, current
 from actors.status import Counters, WorkerStatus
@@ -214,7 +214,7 @@ class WorkerRuntime:
     # Bookkeeping
 
     def _finish(self, call: _Call, reply: ChatReply) -> ChatReply:
-        usage = reply.usage
+        usage, estimated = call.usage(reply)
         cost = self._cost(usage)
         self.counters.usage += usage
         self.counters.cost_usd += cost or 0.0
@@ -222,6 +222,8 @@ class WorkerRuntime:
             reply,
             worker=self.spec.name,
             thoughts=_by(reply.thoughts, self.spec.name),
+            usage=usage,
+            estimated=estimated,
             cost_usd=cost,
             attempts=call.attempts,
             timing=Timing(call.queued, call.first_byte, self.clock() - call.begin),
@@ -428,14 +430,20 @@ class _Call:
         assert self._grant is not None
         if not self.first_byte:
             self.first_byte = (self._headers_at or self._rt.clock()) - (self._sent_at or self.begin)
-        # A provider that does not tell its usage is taken to have used what was estimated.
-        tokens = reply.usage.total_tokens or self._estimate.input + text_tokens(reply.text) + text_tokens(
-            reply.reasoning
-        )
-        self._grant.settle(tokens)
+        self._grant.settle(self.usage(reply)[0].total_tokens)
         self._rt.breaker.success(self._probe)
         if self._span is not None:
             self._span.end()
+
+    def usage(self, reply: ChatReply) -> tuple[Usage, bool]:
+        """What an answer took, and whether that is an estimate: a provider that tells no usage is not taken to be
+        free."""
+        if reply.usage.total_tokens:
+            return reply.usage, False
+        calls = sum(text_tokens(call.name) + text_tokens(call.arguments) for call in reply.tool_calls)
+        reasoning = text_tokens(reply.reasoning)
+        written = text_tokens(reply.text) + text_tokens(reply.refusal) + reasoning + calls
+        return Usage(self._estimate.input, written, reasoning_tokens=reasoning), True
 
     def _failed(self, error: BaseException) -> BaseException:
         """Give back what was not used, tell the breaker, and return what to raise."""

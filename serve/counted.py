@@ -66,7 +66,7 @@ class Counted:
             self._lost(request, received, StreamBrokenError("it ended without saying so", worker=self.name))
 
     def _whole(self, reply: ChatReply) -> None:
-        self._trace.spent.append(Spent(reply.usage, reply.cost_usd))
+        self._trace.spent.append(Spent(reply.usage, reply.cost_usd, estimated=reply.estimated))
 
     def _lost(self, request: ChatRequest, received: _Received, error: BaseException) -> None:
         known = error.usage if isinstance(error, WorkerError) else None

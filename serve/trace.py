@@ -30,8 +30,8 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """What calls took; `usd` is None where a price is unknown. `estimated`: of one that was broken off, and so partly a
-    guess."""
+    """What calls took; `usd` is None where a price is unknown. `estimated`: of one that was broken off, or whose
+    provider told no usage, and so partly a guess."""
 
     usage: Usage
     usd: float | None
@@ -99,7 +99,7 @@ class Trace:
                 "cost_usd": reply.cost_usd,
                 "upstream_calls": reply.attempts,
                 "cached": reply.cached,
-            }
+            } | ({"estimated": True} if reply.estimated else {})
         elif self.spent:
             taken = self.taken
             body |= {"usage": usage_body(taken.usage), "cost_usd": taken.usd, "estimated": taken.estimated}

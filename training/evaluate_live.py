@@ -258,7 +258,7 @@ def _actors(config: FuguConfig) -> Iterator[WorkerPool]:
         yield pool
     finally:
         if not shared:
-            pool.shutdown()
+            pool.release()
 
 
 def _label(settings: LiveRun, tasks: Sequence[Task], paid: PaidCalls) -> str:

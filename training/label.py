@@ -130,7 +130,7 @@ async def _until_done(config: FuguConfig, labelling: Labelling) -> None:
         loop.remove_signal_handler(signal.SIGTERM)
         if not shared:
             # Nobody had provider actors here before; they would stay for ever.
-            pool.shutdown()
+            pool.release()
 
 
 async def label(

@@ -248,7 +248,7 @@ def _pool(config: FuguConfig) -> Iterator[None]:
         yield
     finally:
         if not shared:
-            pool.shutdown()
+            pool.release()
 
 
 async def _answers(pool: WorkerPool) -> None:

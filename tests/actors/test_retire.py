@@ -82,6 +82,27 @@ async def test_the_old_actor_ends_once_nothing_uses_it(ray_session: None, upstre
     assert not names()
 
 
+async def test_who_releases_a_pool_leaves_it_to_whoever_else_uses_it(
+    ray_session: None, upstream: LoopbackProvider
+) -> None:
+    started, joined = pool_of(upstream), pool_of(upstream)
+    try:
+        await asyncio.gather(started.ready(60), joined.ready(60))
+        link, other = (pool._shards["w"][0].current for pool in (started, joined))
+        assert link is not None
+        assert other is not None
+        started.release(AFTER)
+        await link.close()
+        await asyncio.sleep(3 * AFTER)
+        assert names() == {name_of(joined)}
+        assert (await joined.workers["w"].complete(REQUEST)).text
+        await other.close()
+        await until(lambda: not names())
+        started.release(AFTER)  # there is nothing left to tell
+    finally:
+        joined.shutdown()
+
+
 async def test_one_that_nobody_ever_called_ends_too(ray_session: None, upstream: LoopbackProvider) -> None:
     old, new = pool_of(upstream), pool_of(upstream, timeout={"connect": 3})
     try:

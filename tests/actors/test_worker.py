@@ -237,6 +237,24 @@ async def test_our_own_limit_is_not_retried() -> None:
     first.cancel()
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_provider_that_tells_no_usage_is_not_free(streamed: bool) -> None:
+    async def main() -> None:
+        worker = runtime(
+            Scripted(Step(usage=Usage(), pieces=("12345", "6"))), price={"input": 1000.0, "output": 2000.0}
+        )
+        if streamed:
+            [reply] = [chunk.final async for chunk in worker.stream(REQUEST) if chunk.final is not None]
+        else:
+            reply = await worker.complete(REQUEST)
+        assert reply.estimated
+        assert reply.usage == Usage(ESTIMATE.input, 2), "six letters"
+        assert reply.cost_usd == pytest.approx((1000 * ESTIMATE.input + 2000 * 2) / 1e6)
+        assert worker.status().counters.usage == reply.usage
+
+    run_virtual(main)
+
+
 LIMITS = {"requests_per_minute": 100, "tokens_per_minute": 10_000}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,10 @@ async def test_a_whole_answer_is_what_its_worker_says() -> None:
     worker, trace = counted(Chunk("yes"), Chunk(final=reply), pace=9.0)
     await read(worker, pieces=2)
     assert trace.spent == [Spent(USAGE, 0.25)]
+    worker, trace = counted(Chunk("yes"), Chunk(final=replace(reply, estimated=True)), pace=9.0)
+    await read(worker, pieces=2)
+    assert trace.spent == [Spent(USAGE, 0.25, estimated=True)]
+    assert trace.estimated_usd == 0.25
 
 
 @pytest.fixture
