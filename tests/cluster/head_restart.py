@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -173,7 +174,8 @@ def _used() -> dict[str, Any]:
 
 
 def _joined(cluster: Path) -> bool:
-    return WORKER in status(cluster)
+    """By the table of nodes: the launcher names the worker's address whether it has joined or not."""
+    return any(re.search(rf"[│|]\s*{re.escape(WORKER)}\s", line) for line in status(cluster).splitlines())
 
 
 def _pids(address: str, title: str) -> list[int]:
