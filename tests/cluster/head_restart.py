@@ -97,6 +97,8 @@ def work(kind: str) -> dict[str, Any]:
     until("the new key is known", lambda: ask(WORKER, "question 0", key)[0] == 200, 30)
     asking = _Asking(key)
     until("ten requests were answered", lambda: asking.answered >= 10, 60)
+    # One that still starts is started anew by a new head, whichever of them answers requests.
+    until("every worker is ready", lambda: "down" not in status(cluster), 120)
     actors = _pids(WORKER, "ray::ProviderActor")
     assert len(actors) == 2
     step("the head dies")
