@@ -331,6 +331,15 @@ def test_the_shipped_7b_run_is_the_papers(tmp_path: Path) -> None:
     assert full.training_bytes > 80 * 2**30
 
 
+def test_the_shipped_run_of_choices_leaves_them_to_the_conductor() -> None:
+    path = Path(__file__).resolve().parents[2] / "configs" / "conductor-choice.yaml"
+    found = with_changes(path, {}, {})
+    assert found.config == path.parent / "embedded.yaml"
+    assert found.config.is_file()
+    assert (found.single, found.assign) == (1.0, "conductor")
+    assert (found.grpo.questions, found.grpo.group, found.grpo.beta) == (16, 8, 0.1)
+
+
 def test_the_command_trains_and_tells(folder: Path, tmp_path: Path) -> None:
     pool = pool_file(tmp_path, folder)
     arguments = ["--out", str(tmp_path / "adapter"), "--config", str(pool), "--model", str(folder), "--steps", "1"]
