@@ -23,6 +23,7 @@ from typing import Any
 from tests.cluster.machines import (
     HEAD,
     LAPTOP,
+    PORT,
     SHARED,
     WORKER,
     ask,
@@ -97,8 +98,8 @@ def work(kind: str) -> dict[str, Any]:
     until("the new key is known", lambda: ask(WORKER, "question 0", key)[0] == 200, 30)
     asking = _Asking(key)
     until("ten requests were answered", lambda: asking.answered >= 10, 60)
-    # One that still starts is started anew by a new head, whichever of them answers requests.
-    until("every worker is ready", lambda: _whole(status(cluster), checkpoint), 120)
+    # /readyz starts every provider actor; one that only then starts would be started anew by a new head.
+    until("every worker is ready", _ready, 120)
     actors = _pids(WORKER, "ray::ProviderActor")
     assert len(actors) == 2
     step("the head dies")
@@ -118,7 +119,7 @@ def work(kind: str) -> dict[str, Any]:
     step("fugu status")
     fugu("status", "--cluster", str(cluster), "--wait", f"{WAIT_SECONDS:g}")
     # What serves is told by the controller; that router and workers can be reached again is another matter.
-    until("router and workers answer", lambda: _whole(status(cluster), checkpoint), WAIT_SECONDS)
+    until("router and workers answer", lambda: str(checkpoint) in status(cluster) and _ready(), WAIT_SECONDS)
     seconds = time.monotonic() - died
     before = asking.answered
     until("ten more requests were answered", lambda: asking.answered >= before + 10, 60)
@@ -180,9 +181,14 @@ def _joined(cluster: Path) -> bool:
     return any(re.search(rf"[│|]\s*{re.escape(WORKER)}\s", line) for line in status(cluster).splitlines())
 
 
-def _whole(told: str, checkpoint: Path) -> bool:
-    """Whether `fugu status` tells which checkpoint decides, and of no worker that is down."""
-    return str(checkpoint) in told and "down" not in told
+def _ready() -> bool:
+    """Whether `/readyz` says that the router and every worker answer."""
+    import httpx
+
+    try:
+        return httpx.get(f"http://{WORKER}:{PORT}/readyz", timeout=60, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def _pids(address: str, title: str) -> list[int]:
