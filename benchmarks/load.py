@@ -15,6 +15,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from urllib.parse import urlsplit
 
 REPLY = json.dumps(
@@ -76,18 +77,24 @@ def split_message(buffer: bytes) -> tuple[bytes, bytes] | None:
 
 
 class Client(asyncio.Protocol):
-    """One keep-alive connection that always has one request in flight."""
+    """One keep-alive connection that always has one request in flight; another takes its place where the server says
+    that it will close it, as a proxy does that changes its configuration."""
 
-    def __init__(self, request: bytes, latencies: list[float], errors: list[str]) -> None:
+    def __init__(
+        self, connect: Callable[[Client], None], request: bytes, latencies: list[float], errors: list[str]
+    ) -> None:
+        self.connect = connect
         self.request = request
         self.latencies = latencies
         self.errors = errors
         self.buffer = b""
         self.running = True
+        self.closing = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
+        self.closing = False
         self.send()
 
     def send(self) -> None:
@@ -103,11 +110,16 @@ class Client(asyncio.Protocol):
         self.latencies.append(time.perf_counter() - self.sent)
         if not whole.startswith(b"HTTP/1.1 200"):
             self.errors.append(whole[:200].decode("latin-1"))
-        if self.running:
+        self.closing = b"\r\nconnection: close\r\n" in whole[: whole.find(b"\r\n\r\n") + 2].lower()
+        if self.closing:
+            self.transport.close()
+        elif self.running:
             self.send()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.running:
+        if self.running and self.closing:
+            self.connect(self)
+        elif self.running:
             self.errors.append("connection lost")
 
 
@@ -121,13 +133,18 @@ async def drive(url: str, model: str, concurrency: int, seconds: float, key: str
     )
     latencies: list[float] = []
     errors: list[str] = []
-    loop = asyncio.get_running_loop()
-    clients = []
-    for _ in range(concurrency):
-        _, client = await loop.create_connection(
-            lambda: Client(head.encode() + body, latencies, errors), parts.hostname, parts.port
-        )
-        clients.append(client)
+    loop, host, port = asyncio.get_running_loop(), parts.hostname or "127.0.0.1", parts.port or 80
+    connecting: set[asyncio.Task[object]] = set()
+
+    def connect(client: Client) -> None:
+        task = loop.create_task(loop.create_connection(lambda: client, host, port))
+        connecting.add(task)
+        task.add_done_callback(connecting.discard)
+
+    clients = [Client(connect, head.encode() + body, latencies, errors) for _ in range(concurrency)]
+    for client in clients:
+        connect(client)
+    await asyncio.gather(*connecting)
     start = time.perf_counter()
     await asyncio.sleep(seconds)
     while not latencies and time.perf_counter() - start < seconds + 30:  # noqa: ASYNC110
@@ -135,6 +152,8 @@ async def drive(url: str, model: str, concurrency: int, seconds: float, key: str
     elapsed = time.perf_counter() - start
     for client in clients:
         client.running = False
+    await asyncio.gather(*connecting)
+    for client in clients:
         client.transport.close()
     if not latencies:
         raise SystemExit(f"{url} answered nothing in {seconds:g} s")
