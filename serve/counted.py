@@ -67,6 +67,8 @@ class Counted:
 
     def _whole(self, reply: ChatReply) -> None:
         self._trace.spent.append(Spent(reply.usage, reply.cost_usd, estimated=reply.estimated))
+        if not reply.cached:
+            self._trace.waits.append((self.name, reply.timing.queued_s))
 
     def _lost(self, request: ChatRequest, received: _Received, error: BaseException) -> None:
         known = error.usage if isinstance(error, WorkerError) else None

@@ -4,7 +4,7 @@ fugu_requests_total{path, model, outcome}      outcome is ok, cancelled or an er
 fugu_request_seconds{path, model}              from the request's head to the answer's end
 fugu_first_byte_seconds{model, worker}         to the answer's first byte: of a stream, to the first piece of its text
 fugu_decision_seconds{source}                  the router's part of it
-fugu_queued_seconds{worker}                    waiting for the worker's limits
+fugu_queued_seconds{worker}                    waiting for the worker's limits, of every call that was answered
 fugu_answers_total{model, worker, source, domain}  who answered, how that was decided, and what kind of training tasks
                                                the question is like ("" where the head does not know)
 fugu_failures_total{worker, code}              attempts that failed; circuit_open is the breaker's
@@ -76,8 +76,8 @@ class RayMeter:
             first = trace.seen_first(now)
             if first is not None:
                 self._first.observe(first, {"model": model, "worker": worker})
-        if trace.ended is not None and worker is not None:
-            self._queued.observe(trace.queued_s, {"worker": worker})
+        for asked, seconds in trace.waits:
+            self._queued.observe(seconds, {"worker": asked})
         self._spent(model, trace.taken)
 
     def _spent(self, model: str, taken: Spent) -> None:

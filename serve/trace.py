@@ -6,10 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from actors.errors import FuguError
 from actors.messages import ChatReply, Usage
 from orchestrator.dispatch import Attempt, Record
-from serve.translate import usage_body
+from serve.translate import tokens_body, usage_body
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +40,9 @@ class Spent:
 @dataclass(slots=True)
 class Trace:
     """Gathered while a request runs. All times in seconds. `turns` is of a session (`serve.api.session`), else None.
-    `spent` are the calls that were made, those that came to nothing too. `ended` is what the calls behind an answer
-    took that came to its end, and `queued_s` how long the answering call waited for its worker's limits.
-    `first_piece_s` is when a stream's first piece of the answer was there, since the request began."""
+    `spent` are the calls that were made, those that came to nothing too, and `waits` how long each that was answered
+    waited for its worker's limits. `ended` is what all calls took, where it came to an answer's end. `first_piece_s`
+    is when a stream's first piece of the answer was there, since the request began."""
 
     request_id: str
     started: float
@@ -52,8 +51,8 @@ class Trace:
     dropped: tuple[str, ...] = ()
     turns: list[dict[str, Any]] | None = None
     spent: list[Spent] = field(default_factory=list)
+    waits: list[tuple[str, float]] = field(default_factory=list)
     ended: Spent | None = None
-    queued_s: float = 0.0
     first_piece_s: float | None = None
     workflow: dict[str, Any] | None = None
 
@@ -72,8 +71,19 @@ class Trace:
         """The part of the cost that is a guess."""
         return sum(each.usd or 0.0 for each in self.spent if each.estimated)
 
-    def body(self, reply: ChatReply | None, now: float, error: FuguError | None = None) -> dict[str, Any]:
-        """The trace as JSON values; `reply` is None where no answer was completed."""
+    def visible(self, usage: Usage) -> Usage:
+        """What the caller sees of a usage: no more than all calls took, of which a part may be a guess."""
+        taken = self.taken.usage
+        return Usage(
+            min(usage.input_tokens, taken.input_tokens),
+            min(usage.output_tokens, taken.output_tokens),
+            min(usage.cached_input_tokens, taken.cached_input_tokens),
+            min(usage.reasoning_tokens, taken.reasoning_tokens),
+        )
+
+    def body(self, reply: ChatReply | None, now: float, visible: Usage | None = None) -> dict[str, Any]:
+        """The trace as JSON values; `reply` is None where no answer was completed, `visible` the part of the tokens
+        that the caller sees (those of the reply). Cost and total are of all calls."""
         choice = self.choice
         dropped = (*self.dropped, *(reply.dropped if reply else ()))
         body: dict[str, Any] = {
@@ -93,22 +103,18 @@ class Trace:
             "dropped": list(dropped),
             "warnings": [*(choice.warnings if choice else ()), *_warn(dropped, self.record.worker)],
         }
-        if reply is not None:
-            body |= {
-                "usage": usage_body(reply.usage),
-                "cost_usd": reply.cost_usd,
-                "upstream_calls": reply.attempts,
-                "cached": reply.cached,
-            } | ({"estimated": True} if reply.estimated else {})
-        elif self.spent:
-            taken = self.taken
-            body |= {"usage": usage_body(taken.usage), "cost_usd": taken.usd, "estimated": taken.estimated}
         if self.turns is not None:
             body["turns"] = self.turns
         if self.workflow is not None:
             body |= self.workflow
-        if error is not None:
-            body["error"] = error.envelope()["error"]
+        taken = self.taken
+        if reply is not None:
+            seen = self.visible(reply.usage if visible is None else visible)
+            body |= {"upstream_calls": reply.attempts, "cached": reply.cached}
+            body |= {"usage": tokens_body(seen, taken.usage), "cost_usd": taken.usd}
+            body |= {"estimated": True} if taken.estimated else {}
+        elif self.spent:
+            body |= {"usage": usage_body(taken.usage), "cost_usd": taken.usd, "estimated": taken.estimated}
         return body
 
     def seen_first(self, now: float) -> float | None:

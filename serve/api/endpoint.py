@@ -244,7 +244,6 @@ def _note_first_piece(trace: Trace) -> None:
 
 def _note_end(trace: Trace, done: Done) -> None:
     trace.ended = Spent(done.total, done.cost_usd)
-    trace.queued_s = done.reply.timing.queued_s
 
 
 class CountEndpoint:

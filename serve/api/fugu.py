@@ -64,4 +64,4 @@ class FuguEngine:
         if self._margin:
             self._answers.remember(job.request.messages, reply.text, worker)
         told = job.trace.body(reply, time.perf_counter()) if job.wishes.trace else None
-        return Done(marked_reply(reply, worker), reply.usage, reply.usage, reply.cost_usd, told)
+        return Done.of(marked_reply(reply, worker), reply.usage, job.trace, told)

@@ -59,14 +59,20 @@ class Job:
 @dataclass(frozen=True, slots=True)
 class Done:
     """The end of a complete answer. `reply` is the answer as the caller sees it; `visible` and `total` are its tokens:
-    what the caller sees of them, and those of all calls (they differ by the orchestration tokens). `cost_usd` is of
-    all calls, None where a price is unknown; `told` the trace, where it was asked for."""
+    what the caller sees of them, and those of all calls, also of those that failed (they differ by the orchestration
+    tokens). `cost_usd` is of all calls, None where a price is unknown; `told` the trace, where it was asked for."""
 
     reply: ChatReply
     visible: Usage
     total: Usage
     cost_usd: float | None
     told: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, reply: ChatReply, visible: Usage, trace: Trace, told: Mapping[str, Any] | None) -> Done:
+        """With the total and the cost of the trace's calls: what the caller is told is what its key is charged."""
+        taken = trace.taken
+        return cls(reply, trace.visible(visible), taken.usage, taken.usd, told)
 
 
 Event = Chunk | Done

@@ -19,7 +19,7 @@ from orchestrator.roles import answer_text
 from serve.api.job import Deciding, Done, Event, Job
 from serve.sticky import Marks, marked_chunk, marked_reply
 from serve.trace import Choice, Trace
-from serve.translate import tokens_body, usage_body
+from serve.translate import usage_body
 
 TRINITY = "fugu-trinity"
 
@@ -63,7 +63,7 @@ class TrinityEngine:
     def _done(self, playing: Playing, reply: ChatReply, job: Job) -> Done:
         told = playing.told(reply) if job.wishes.trace else None
         reply = marked_reply(reply, reply.worker)
-        return Done(reply, playing.visible(), playing.session.usage, playing.session.cost_usd, told)
+        return Done.of(reply, playing.visible(), job.trace, told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ class Playing:
     def told(self, reply: ChatReply) -> dict[str, Any]:
         """The trace of a session that came to its end."""
         turns = self.session.turns
-        body = self.trace.body(reply, time.perf_counter())
+        body = self.trace.body(reply, time.perf_counter(), self.visible())
         # Nothing of an answer is said before its last check.
         body["timings"] |= {
             "decision_s": round(sum(choice.seconds for choice in self.choices), 6),
@@ -160,8 +160,6 @@ class Playing:
         return body | {
             "role": "worker",
             "accepted": self.session.accepted,
-            "usage": tokens_body(self.visible(), self.session.usage),
-            "cost_usd": self.session.cost_usd,
             "upstream_calls": sum(turn.reply.attempts for turn in turns),
             "cached": all(turn.reply.cached for turn in turns),
         }

@@ -26,7 +26,6 @@ from serve.conductor import Conducting
 from serve.sticky import Marks
 from serve.store import Kept, Store
 from serve.trace import Choice
-from serve.translate import tokens_body
 
 ULTRA = "fugu-ultra"
 WORKFLOW = "workflow"
@@ -190,13 +189,13 @@ class _Answering:
     def done(self, reply: ChatReply) -> Done:
         conducted = self.conducted
         told = self._told(reply) if self.job.wishes.trace else None
-        return Done(reply, conducted.visible, conducted.usage, conducted.cost_usd, told)
+        return Done.of(reply, conducted.visible, self.job.trace, told)
 
     def _told(self, reply: ChatReply) -> dict[str, Any]:
         trace = self.job.trace
         trace.record.worker = reply.worker
         now = time.perf_counter()
-        body = trace.body(reply, now)
+        body = trace.body(reply, now, self.conducted.visible)
         # Nothing of an answer is said before the plan; one that is not streamed comes at the end.
         body["timings"]["first_byte_s"] = round((self.first_piece or now) - trace.started, 6)
         if self.conducting.budget(self.job.wishes.knobs).usd is not None:
@@ -205,8 +204,6 @@ class _Answering:
         return body | {
             "role": None,
             "conductor": self.conducting.writer.name,
-            "usage": tokens_body(self.conducted.visible, self.conducted.usage),
-            "cost_usd": self.conducted.cost_usd,
             "upstream_calls": self.conducted.calls,
         }
 

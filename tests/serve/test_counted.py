@@ -265,6 +265,42 @@ async def test_breaking_streams_does_not_save_a_budget(path: Path, broken: str) 
     assert refused.json()["error"]["code"] == "insufficient_quota"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("model", ["fugu", "fugu-trinity", "fugu-ultra"])
+async def test_the_caller_is_told_what_the_key_is_charged(path: Path, tmp_path: Path, model: str, stream: bool) -> None:
+    """Also for a call that failed and cost something all the same, and whose place another worker took."""
+    _, secret = made(path)
+    apps = {
+        "fugu": lambda: app_of(Scripted("a", _misshapen()), Scripted("b", "yes")),
+        "fugu-trinity": lambda: app_of(
+            Player("a", worker=_misshapen()),
+            Player("b"),
+            decider=Plan(("a", "worker"), ("b", "verifier")),
+            no_roles=None,
+        ),
+        "fugu-ultra": lambda: Ultra(tmp_path, CHAIN, a=_misshapen()).app,
+    }
+    fields = body(model=model, fugu={"trace": True}, stream=stream)
+    if stream:
+        fields["stream_options"] = {"include_usage": True}
+    response = await client(apps[model](), secret).post("/v1/chat/completions", json=fields)
+    assert response.status_code == 200
+    if stream:
+        told = [event for event in events(response) if event != "[DONE]"]
+        usage, trace = (next(each[name] for each in told if each.get(name)) for name in ("usage", "fugu"))
+    else:
+        usage, trace = response.json()["usage"], response.json()["fugu"]
+    ((_, used),) = KeyBook(path).list()
+    assert usage == trace["usage"]
+    assert usage["total_tokens"] == used.usage.total_tokens
+    read, written = usage["prompt_tokens_details"], usage["completion_tokens_details"]
+    assert usage["prompt_tokens"] + read["orchestration_input_tokens"] == used.usage.input_tokens
+    assert usage["completion_tokens"] + written["orchestration_output_tokens"] == used.usage.output_tokens
+    assert read["orchestration_input_tokens"] >= 40, "what the one that failed read is in it"
+    assert trace["cost_usd"] == pytest.approx(used.usd)
+    assert used.usd > 0
+
+
 async def test_calls_of_a_session_that_was_left(path: Path) -> None:
     _, secret = made(path)
     first, second = Player("a"), Player("b", wait=30)

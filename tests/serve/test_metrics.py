@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -9,14 +11,17 @@ from typing import Any
 import httpx
 import pytest
 
+from actors import gauges
 from actors.errors import WorkerUnavailableError
 from actors.gauges import WorkerGauges
 from actors.messages import Usage
 from actors.status import WorkerStatus
 from orchestrator.dispatch import Attempt, Record
+from serve import metrics
 from serve.metrics import RayMeter
 from serve.trace import Choice, Spent, Trace
 from tests.serve.test_gateway import Scripted, gateway, post
+from tests.serve.test_session import QUEUED, THREE, Plan, Player, trinity
 
 
 class Noted:
@@ -76,6 +81,16 @@ async def test_a_streams_first_piece_is_when_the_caller_sees_it() -> None:
     assert whole.seen_first(whole.started + 3.5) == pytest.approx(3.5), "a session's answer comes whole"
 
 
+async def test_every_call_says_how_long_it_waited_for_limits() -> None:
+    app, noted = trinity(Player("a"), Player("b"), plan=Plan(*THREE)), Noted()
+    for endpoint in app._endpoints.values():
+        endpoint._meter = noted  # type: ignore[union-attr]
+    await post(app, model="fugu-trinity")
+    ((_, _, _, trace),) = noted.seen
+    assert [worker for worker, _ in trace.waits] == ["a", "b", "a"]
+    assert all(seconds == QUEUED for _, seconds in trace.waits)
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
 def test_rays_endpoint_tells_it() -> None:
@@ -86,6 +101,7 @@ def test_rays_endpoint_tells_it() -> None:
     trace = Trace("id", 0.0, Choice("a", {"a": 1.0}, "head", seconds=0.02, domain="sums"), record)
     trace.ended = Spent(Usage(7, 5, 3, 0), 0.5)
     trace.spent = [trace.ended]
+    trace.waits = [("a", 0.5), ("b", 0.25)]
     meter = RayMeter()
     for _ in range(3):
         meter.request("/v1/messages", "fugu", "ok", trace, 1.0)
@@ -102,6 +118,7 @@ def test_rays_endpoint_tells_it() -> None:
         "ray_fugu_cost_usd_total": 1.5,
         "ray_fugu_request_seconds_count": 3,  # Ray tells sums by the middle of buckets
         "ray_fugu_first_byte_seconds_count": 3,
+        "ray_fugu_decision_seconds_count": 3,
     }
     deadline, found = time.monotonic() + 60, dict[str, float]()
     while found != expected and time.monotonic() < deadline:
@@ -113,22 +130,18 @@ def test_rays_endpoint_tells_it() -> None:
     (answers,) = [line for line in lines if line.startswith("ray_fugu_answers_total{")]
     assert 'domain="sums"' in answers
     assert 'worker="b"' in answers
+    missing = [name for name in queried() if f"\n{name}{{" not in text]
+    assert not missing, "what the dashboard asks for is told under that very name"
+
+
+def queried() -> set[str]:
+    """The metrics that the dashboard asks Prometheus for."""
+    dashboard = json.loads((Path(__file__).resolve().parents[2] / "cluster" / "grafana.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    return {name for expression in expressions for name in re.findall(r"ray_fugu_[a-z_]+", expression)}
 
 
 def test_the_dashboard_shows_metrics_that_there_are() -> None:
-    import json
-    import re
-
-    from actors import gauges
-    from serve import metrics
-
-    dashboard = json.loads((Path(__file__).resolve().parents[2] / "cluster" / "grafana.json").read_text())
     told = set(re.findall(r"fugu_[a-z_]+", f"{metrics.__doc__} {gauges.__doc__}"))
-    shown = {
-        name
-        for panel in dashboard["panels"]
-        for target in panel["targets"]
-        for name in re.findall(r"ray_(fugu_[a-z_]+)", target["expr"])
-    }
-    assert {name.removesuffix("_bucket") for name in shown} <= told
-    assert told == {name.removesuffix("_bucket") for name in shown}, "each has a panel"
+    shown = {name.removeprefix("ray_").removesuffix("_bucket") for name in queried()}
+    assert told == shown, "each has a panel"

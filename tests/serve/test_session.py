@@ -23,6 +23,7 @@ from serve.router import OrderDecider, Question, RouterClient
 from serve.trace import Choice
 from tests.serve.test_gateway import events, get, post
 
+QUEUED = 0.125
 ADVICE = "<suggestion>split off the tens</suggestion><next>worker</next>"
 
 
@@ -62,7 +63,7 @@ class Player:
             raise said
         calls = self.calls if role == "worker" else ()
         usage = {"worker": Usage(100, 10, 20, 4), "thinker": Usage(30, 3), "verifier": Usage(50, 5, 7, 1)}[role]
-        timing = Timing(0.0, 0.1, 0.2)
+        timing = Timing(QUEUED, 0.1, 0.2)
         finish = "tool_calls" if calls else "stop"
         return ChatReply(self.name, said, "", calls, finish, usage, 0.25, timing, attempts=2)  # type: ignore[arg-type]
 
