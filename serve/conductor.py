@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from actors.config import CONDUCTOR, ConductorConfig, FuguConfig, WorkerSpec
+from actors.config import CONDUCTOR, ConductorConfig, FuguConfig
 from actors.errors import CheckpointError
-from actors.messages import Worker
+from actors.messages import Usage, Worker
 from orchestrator.budget import Budget, Price
 from orchestrator.conductor import ConductorSettings, PromptSettings
 from orchestrator.conductor_card import ConductorCard, numbering, read_card
 from orchestrator.executor import ExecutorSettings
+from serve.prices import Prices
 
 Number = TypeVar("Number", int, float)
 
@@ -105,7 +106,7 @@ def conducting(config: FuguConfig, workers: Mapping[str, Worker]) -> Conducting:
         workers[conductor.worker or CONDUCTOR],
         names,
         {name: ", ".join(spec.tags) for name, spec in specs.items()},
-        _prices({**specs, **({} if own is None else {own.name: own})}),
+        _price(Prices(config)),
         structured=writes.provider == "vllm",
     )
 
@@ -137,14 +138,8 @@ def _shortened(prompt: PromptSettings, context: int | None) -> PromptSettings:
     )
 
 
-def _prices(specs: Mapping[str, WorkerSpec]) -> Price:
-    def price(worker: str, read: int, written: int) -> float | None:
-        spec = specs.get(worker)
-        if spec is None or spec.price is None:
-            return None
-        return (read * spec.price.input + written * spec.price.output) / 1e6
-
-    return price
+def _price(prices: Prices) -> Price:
+    return lambda worker, read, written: prices.usd(worker, Usage(read, written))
 
 
 def _least(*limits: Number | None) -> Number | None:

@@ -101,7 +101,8 @@ class Gateway:
         pinned, digests = _pinned(config.router, deciding)
         engines |= pinned
         served = Served(tuple(engines), absent, digests)
-        keys, wishes = Keys(config.serve, KeyBook(longest=config.serve.request_timeout)), WishReader(config)
+        keys = Keys(config.serve, KeyBook(longest=config.serve.request_timeout))
+        wishes = WishReader(config, self.prices)
         store = SqliteStore(state_dir() / "conversations.sqlite") if config.serve.store else None
         conversations = Conversations(store, config.serve.store_days * DAY)
         meter = meter or NoMeter()

@@ -44,9 +44,10 @@ class Metered:
 
 
 class Holds:
-    """What a request may cost, as told before it is made: the dearest of the workers it may use, for every call that it
-    may take, and for every repair where JSON is asked for and the worker's API does not see to it. An estimate, not a
-    bound: its input is counted in bytes, and retries come on top."""
+    """What a request may cost, as told before it is made: the dearest of the workers it may use, and of the one that
+    writes the plans of `fugu-ultra`, for every call that it may take, and for every repair where JSON is asked for and
+    the worker's API does not see to it. An estimate, not a bound: its input is counted in bytes, and retries come on
+    top."""
 
     def __init__(self, config: FuguConfig, prices: Prices) -> None:
         self._config = config
@@ -63,8 +64,12 @@ class Holds:
             repair = 0.0 if name in self._trusted else repairs * (self._prices.usd(name, again) or 0.0)
             return calls * (self._prices.usd(name, once) or 0.0) + repair
 
-        most, own = max(map(usd, job.wishes.allowed)), job.wishes.knobs.budget_usd
-        return most if own is None or not job.model.startswith(ULTRA) else min(most, own)
+        names, own = job.wishes.allowed, job.wishes.knobs.budget_usd
+        if not job.model.startswith(ULTRA):
+            return max(map(usd, names))
+        writer = None if self._config.conductor is None else self._config.conductor.worker
+        most = max(map(usd, names if writer is None else (*names, writer)))
+        return most if own is None else min(most, own)
 
     def _repairs(self, job: Job) -> int:
         """Of the calls, those whose answer has a form. In a session any turn may answer; of a workflow the last step

@@ -26,6 +26,10 @@ class Prices:
         priced = self._priced.get(worker)
         return None if priced is None else priced(usage)
 
+    def known(self, worker: str) -> bool:
+        """Whether what its calls cost can be told."""
+        return self.usd(worker, Usage(1, 1)) is not None
+
     @cached_property
     def _priced(self) -> dict[str, Pricing]:
         return {spec.name: pricing(spec) for spec in self._specs}

@@ -148,6 +148,7 @@ class Endpoint:
             caller.check_model(exchange.model)
             model = exchange.model
             wishes = self._wishes.read(exchange.fugu or FuguBody(), headers, caller)
+            self._wishes.check_writer(exchange.model, caller.key)
             traced = wishes.trace
             request, trace.dropped = exchange.request()
             await self._check_schema(request)

@@ -6,23 +6,25 @@ from collections.abc import Mapping, Sequence
 
 from actors.config import FuguConfig
 from actors.errors import NoWorkerAllowedError, RequestError
-from actors.prices import has_price
 from serve.api.job import Wishes
+from serve.api.ultra import ULTRA
 from serve.auth import ANYONE, Caller
 from serve.conductor import Knobs
 from serve.keys import Key
+from serve.prices import Prices
 from serve.schema import FuguBody
 
 
 class WishReader:
     """Knows the names and tags that constraints may use."""
 
-    def __init__(self, config: FuguConfig) -> None:
+    def __init__(self, config: FuguConfig, prices: Prices | None = None) -> None:
         self._names = tuple(spec.name for spec in config.active)
         self._tags = {spec.name: frozenset(spec.tags) for spec in config.active}
-        self._priced = frozenset(spec.name for spec in config.active if has_price(spec))
+        self._prices = prices or Prices(config)
         self._disabled = config.disabled
         self._choose = config.router.choose
+        self._writer = None if config.conductor is None else config.conductor.worker
 
     def read(self, body: FuguBody, headers: Mapping[bytes, bytes], caller: Caller = ANYONE) -> Wishes:
         """Key, body and headers narrow the pool together: none can be widened by another. A key with a budget can use
@@ -73,7 +75,7 @@ class WishReader:
         if not allowed:
             raise NoWorkerAllowedError("fugu: this key may use none of the workers here", param="fugu")
         if key.monthly_usd is not None:
-            allowed = [name for name in allowed if name in self._priced]
+            allowed = [name for name in allowed if self._prices.known(name)]
             if not allowed:
                 raise NoWorkerAllowedError(
                     "fugu: this key has a budget, and no worker that it may use has a known price; set `price` in the "
@@ -81,6 +83,19 @@ class WishReader:
                     param="fugu",
                 )
         return allowed
+
+    def check_writer(self, model: str, key: Key | None) -> None:
+        """A key's constraints hold for who writes the plans of `fugu-ultra`, too, who reads all that the caller says.
+        What a request itself allows or denies is about who answers.
+
+        Raises:
+            NoWorkerAllowedError: the plans are written by a worker that the key may not use.
+        """
+        if key is None or self._writer is None or not model.startswith(ULTRA) or self._writer in self._of_key(key):
+            return
+        raise NoWorkerAllowedError(
+            f"model: the plans of {ULTRA} are written by {self._writer}, which this key may not use", param="model"
+        )
 
     def _check_known(self, names: Sequence[str], param: str) -> None:
         for name in names:

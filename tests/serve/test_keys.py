@@ -33,6 +33,7 @@ from serve.trace import Trace
 from tests.serve.test_gateway import Scripted, gateway
 from tests.serve.test_responses import Says
 from tests.serve.test_session import THREE, Plan, Player, trinity
+from tests.serve.test_ultra import CHAIN, Ultra
 
 
 class Clock:
@@ -384,11 +385,33 @@ async def test_limits_in_http(path: Path) -> None:
 
 async def test_a_budget_needs_prices_and_ends(path: Path) -> None:
     _, secret = made(path, monthly_usd=0.4)
-    http = client(gateway(Says("a", Chunk("x"))), secret)
-    assert (await http.post("/v1/chat/completions", json=body())).status_code == 200, "openai has listed prices"
+    workers = {name: Says(name, Chunk("x")) for name in ("listed", "unlisted")}
+    models = {"listed": "gpt-5", "unlisted": "no-such-model"}
+    specs = [{"name": name, "provider": "openai", "model": model} for name, model in models.items()]
+    config = FuguConfig.model_validate({"workers": specs})
+    http = client(Gateway(config, list(workers.values()), OrderDecider(["unlisted", "listed"]), Readiness({})), secret)
+    unknown = await http.post("/v1/chat/completions", json=body(fugu={"allow": ["unlisted"]}))
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (400, "no_worker_allowed")
+    assert (await http.post("/v1/chat/completions", json=body())).status_code == 200, "gpt-5 has a listed price"
+    assert [len(worker.requests) for worker in workers.values()] == [1, 0], "what is not priced would cost nothing"
     spent = await http.post("/v1/chat/completions", json=body())
     assert (spent.status_code, spent.json()["error"]["code"]) == (429, "insufficient_quota")
     assert spent.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize("limits", [{"workers": frozenset({"a", "b"})}, {"monthly_usd": 1.0}])
+async def test_a_keys_constraints_hold_for_who_writes_plans(path: Path, tmp_path: Path, limits: dict[str, Any]) -> None:
+    """c conducts, and would read all that the caller says, and cost what nobody knows."""
+    _, secret = made(path, **limits)
+    ultra = Ultra(tmp_path, CHAIN, priced="abc" if "workers" in limits else "ab")
+    http = client(ultra.app, secret)
+    refused = await http.post("/v1/chat/completions", json=body(model="fugu-ultra"))
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "no_worker_allowed")
+    assert ultra.c.requests == []
+    _, other = made(path, workers=frozenset({"a", "b", "c"}))
+    answered = await client(ultra.app, other).post("/v1/chat/completions", json=body(model="fugu-ultra"))
+    assert answered.status_code == 200
+    assert [key.workers for key, used in KeyBook(path).list() if used.requests] == [frozenset("abc")]
 
 
 PRICED = {"price": {"input": 1000.0, "output": 2000.0}}
@@ -430,7 +453,7 @@ async def test_requests_at_once_do_not_pass_the_budget(path: Path) -> None:
 def test_what_a_request_may_cost(model: str, knobs: Knobs, calls: int) -> None:
     specs = [
         {"name": name, "provider": "openai", "model": "m", "price": {"input": price, "output": 10 * price}}
-        for name, price in (("a", 1.0), ("b", 3.0))
+        for name, price in (("a", 1.0), ("b", 3.0), ("cheap", 0.1))
     ]
     config = FuguConfig.model_validate({"workers": specs, "conductor": {"worker": "a"}})
 
@@ -441,6 +464,8 @@ def test_what_a_request_may_cost(model: str, knobs: Knobs, calls: int) -> None:
 
     assert usd(("a", "b"), knobs) == pytest.approx(calls * 0.006)
     assert usd(("a",), knobs) == pytest.approx(calls * 0.002)
+    # The plans are a's; what they may cost is held whoever may answer.
+    assert usd(("cheap",), knobs) == pytest.approx(calls * (0.002 if model == "fugu-ultra" else 0.0002))
     if model == "fugu-ultra":
         assert usd(("a",), replace(knobs, budget_usd=0.001)) == 0.001
 

@@ -93,8 +93,9 @@ class Ultra:
         self.a, self.b = Scripted("a", a), Scripted("b", b)
         self.c = Scripted("c", writes if left is None else lambda _: left.pop(0))
         serve = {"keep_alive": conductor.pop("keep_alive", 15), "request_timeout": 60}
-        price = {"price": {"input": 1, "output": 10}} if conductor.pop("prices", True) else {}
-        specs = [{"name": name, "provider": "openai", "model": "m", **price} for name in NAMES]
+        price, priced = {"price": {"input": 1, "output": 10}}, conductor.pop("priced", NAMES)
+        known = {"provider": "openai", "model": "m"}
+        specs = [{"name": name, **known, **(price if name in priced else {})} for name in NAMES]
         self.config = FuguConfig.model_validate(
             {
                 "workers": specs,
@@ -266,7 +267,7 @@ async def test_what_a_request_may_choose(tmp_path: Path) -> None:
 
     trace = (await Ultra(tmp_path, CHAIN).ask(fugu={"trace": True, "budget_usd": 0.5})).json()["fugu"]
     assert (trace["out_of"], trace["cost_usd"], trace["warnings"]) == ("usd", 0.5, [])
-    unpriced = Ultra(tmp_path, CHAIN, prices=False)
+    unpriced = Ultra(tmp_path, CHAIN, priced=())
     trace = (await unpriced.ask(fugu={"trace": True, "budget_usd": 10})).json()["fugu"]
     assert [warning.split()[-4] for warning in trace["warnings"]] == ["a", "b", "c"]
 
@@ -530,6 +531,18 @@ def test_a_worker_on_vllm_writes_plans_under_a_grammar(provider: str, structured
     made = FuguConfig.model_validate({"workers": specs, "conductor": {"worker": "c"}})
     workers = {name: Scripted(name, "x") for name in "ac"}
     assert conducting(made, workers).settings(Knobs()).structured is structured
+
+
+def test_prices_of_the_public_list_bound_a_request_too() -> None:
+    """gpt-5 costs 1.25 dollars to read and 10 to write, per million; nobody knows what the other one costs."""
+    models = {"a": "gpt-5", "b": "no-such-model", "c": "gpt-5"}
+    specs = [{"name": name, "provider": "openai", "model": model} for name, model in models.items()]
+    specs[2]["price"] = {"input": 1.0, "output": 2.0}
+    made = FuguConfig.model_validate({"workers": specs, "conductor": {"worker": "c"}})
+    found = conducting(made, {name: Scripted(name, "x") for name in NAMES})
+    assert found.price("a", 1000, 100) == pytest.approx((1000 * 1.25 + 100 * 10) / 1e6)
+    assert found.price("c", 1000, 100) == pytest.approx((1000 * 1 + 100 * 2) / 1e6)
+    assert found.unpriced(NAMES) == ["b"]
 
 
 def test_a_disabled_worker_conducts_nothing(tmp_path: Path) -> None:
