@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from actors import spans
 from actors.config import FuguConfig, RouterConfig
 from actors.errors import ContextLengthError
+from actors.estimate import estimate_tokens
 from actors.messages import ChatReply, ChatRequest, Chunk, Usage, Worker
 from orchestrator.dispatch import Resting, rank
 from serve.auth import ANYONE, Caller
@@ -113,12 +114,12 @@ class Deciding:
         Raises:
             ContextLengthError: the conversation is longer than the context of every worker that is allowed.
         """
-        allowed = self._long_enough(request, wishes.allowed)
-        awake = self.resting.awake(allowed)
+        allowed, likely = self._long_enough(request, wishes.allowed)
+        awake = self.resting.awake(likely)
         with spans.span("decision") as span:
             choice = await self._decider.choose(self._question(request, awake, seed, wishes, roles))
             tell_choice(span, choice)
-        # Those that rest come last: they may have woken by the time everyone else has failed.
+        # Those that rest, or are likely too small, come last: everyone else has failed by then.
         return choice, rank(choice.worker, choice.probabilities, allowed, self.router.fallbacks)
 
     def counted(self, worker: Worker, trace: Trace) -> Worker:
@@ -144,11 +145,15 @@ class Deciding:
             tell_choice(span, choice)
         return choice
 
-    def _long_enough(self, request: ChatRequest, allowed: tuple[str, ...]) -> tuple[str, ...]:
-        """The workers whose context holds the conversation. Judged by a lower bound of its length, so that nobody who
-        could answer is left out; a worker that still finds it too long says so, and the next is asked."""
+    def _long_enough(self, request: ChatRequest, allowed: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The workers whose context may hold the request, and those of them that likely do, of whom one is chosen.
+
+        By a lower bound of the conversation's length nobody who could answer is left out; by the estimate, which leans
+        upward, and the answer that is asked for, the choice falls on nobody who would only say that it is too long.
+        Where all are likely too small they are all asked: a worker that finds it too long says so, and the next comes.
+        """
         if not self._contexts:
-            return allowed
+            return allowed, allowed
         least = sum(len(message.text) for message in request.messages) // _MOST_CHARACTERS_PER_TOKEN
         left = tuple(name for name in allowed if least < self._contexts.get(name, least + 1))
         if not left:
@@ -158,4 +163,5 @@ class Deciding:
                 f"(the longest holds {longest})",
                 param="messages",
             )
-        return left
+        wanted = estimate_tokens(request).input + (request.max_tokens or 0)
+        return left, tuple(name for name in left if wanted <= self._contexts.get(name, wanted)) or left
