@@ -27,6 +27,16 @@ def why_no_roles(config: RouterConfig) -> str | None:
     return None
 
 
+def workers_of(file: Path) -> tuple[str, ...]:
+    """The workers that a checkpoint's rows stand for; none where it cannot be read."""
+    try:
+        with safe_open(file, framework="np") as opened:
+            names = json.loads((opened.metadata() or {}).get("workers", "[]"))
+    except (SafetensorError, OSError, ValueError):
+        return ()
+    return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
 def check_pins(config: RouterConfig, rolling: object) -> None:
     """`rolling` is the checkpoint that the rolling names have, if any.
 

@@ -21,7 +21,7 @@ from actors.config import RouterConfig
 from actors.errors import FuguError, NoWorkerAllowedError
 from actors.messages import ImagePart, Message
 from actors.telemetry import TelemetryConfig, open_telemetry
-from serve.checkpoint import check_digest
+from serve.checkpoint import check_digest, workers_of
 from serve.trace import Choice
 
 if TYPE_CHECKING:
@@ -117,9 +117,15 @@ class RouterReplica:
         for pin, checkpoint in self._config.pins.items():
             if pin not in self._pinned:
                 check_digest(self._config, pin)
-                self._pinned[pin] = _load(self._config, str(checkpoint), self._workers)
+                self._pinned[pin] = _load(self._config, str(checkpoint), self._known(checkpoint))
         canary = None if new.canary is None else _load(self._config, new.canary, self._workers)
         return _load(self._config, new.checkpoint, self._workers), canary
+
+    def _known(self, checkpoint: Path) -> tuple[str, ...]:
+        """The workers that a pin is loaded for: of the pool those that it was trained for, since others may have come
+        after it, and it goes on deciding among its own. One that has left the pool is still an error."""
+        known = workers_of(checkpoint)
+        return tuple(name for name in self._workers if name in known) or self._workers
 
     async def status(self) -> FuguError | None:
         """None once the model is loaded, else why it is not."""

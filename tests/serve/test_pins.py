@@ -26,10 +26,12 @@ from tests.orchestrator.tiny import DIMENSION, tiny_folder
 from tests.serve.test_gateway import Scripted, get, post
 
 
-def checkpoint(path: Path, model: Path, prefers: int, *, roles: bool = False) -> Path:
-    """A head that always prefers one of the workers a and b."""
+def checkpoint(
+    path: Path, model: Path, prefers: int, *, roles: bool = False, workers: tuple[str, ...] = ("a", "b")
+) -> Path:
+    """A head that always prefers one of the workers."""
     files = resolve_model(str(model))
-    info = CheckpointInfo(workers=("a", "b"), backbone=files.id, revision=files.revision, roles=roles)
+    info = CheckpointInfo(workers=workers, backbone=files.id, revision=files.revision, roles=roles)
     prior = torch.zeros(info.rows)
     prior[prefers] = 4.0
     save_checkpoint(path, Checkpoint(info=info, weight=torch.zeros(info.rows, DIMENSION), prior=prior))
@@ -82,6 +84,25 @@ async def test_a_pin_that_does_not_load_is_told(files: dict[str, Any], tmp_path:
     replica = replica_of(config)
     await replica.reconfigure(Served.of(config).json())
     assert "broken.safetensors" in (await replica.status()).message
+
+
+async def test_a_pin_stays_when_a_worker_joins_the_pool(files: dict[str, Any], tmp_path: Path) -> None:
+    model = Path(files["backbone"])
+    grown = checkpoint(tmp_path / "grown.safetensors", model, 2, workers=("a", "b", "c"))
+    config = RouterConfig(**{**files, "checkpoint": grown})
+    replica: Any = RouterReplica(config, ["c", "a", "b"])
+    await replica.reconfigure(Served.of(config).json())
+    assert await replica.status() is None
+    questions = [
+        Question((Message("user", "hello"),), frozenset("abc"), None, "argmax", pin=pin)
+        for pin in (None, "20261101", "20261102")
+    ]
+    answers = replica._decide(questions, replica._routers, 0.0, replica._pinned)
+    assert [answer.worker for answer in answers] == ["c", "b", "b"]
+    assert set(answers[1].probabilities) == {"a", "b"}
+    shrunk: Any = RouterReplica(config, ["c", "a"])
+    await shrunk.reconfigure(Served.of(config).json())
+    assert "rows for b, not in this pool" in (await shrunk.status()).message
 
 
 class InProcess:
