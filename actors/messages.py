@@ -194,6 +194,7 @@ class ChatReply:
     the price is unknown; `attempts` counts upstream calls, retries included; `cached` says no upstream call was made.
     `model` is what the provider says answered, "" where it does not. `refusal` is what was said instead of an answer,
     or of the rest of one. `estimated`: the provider told no usage, which is taken from the lengths of the texts.
+    `stop_sequence` is the one of the caller's that ended it, "" where none did or the provider does not say.
     """
 
     worker: str
@@ -211,6 +212,7 @@ class ChatReply:
     model: str = ""
     refusal: str = ""
     estimated: bool = False
+    stop_sequence: str = ""
 
 
 @dataclass(frozen=True, slots=True)

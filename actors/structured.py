@@ -1,9 +1,9 @@
 """Answers that must be JSON: asked for natively where the worker's API has it, checked, and repaired once.
 
 `native` says what the worker's API does with a schema: `trusted` holds the model to it while it writes, `sent` is told
-of it but may ignore it (servers that are compatible with OpenAI's differ), `none` does not know the field, so the
-schema is put into the conversation. What is not trusted is checked before anybody sees a byte of it; an answer that
-fails gets one turn of repair by the same worker.
+of it but may ignore it (servers that are compatible with OpenAI's differ), `none` does not know the field, or refuses
+this schema, which is then put into the conversation. What is not trusted is checked before anybody sees a byte of it;
+an answer that fails gets one turn of repair by the same worker.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import orjson
 
 from actors.config import WorkerSpec
 from actors.messages import ChatReply, ChatRequest, Message, ResponseFormat
+from actors.schema_subset import takes
 
 Native = Literal["trusted", "sent", "none"]
 
@@ -26,23 +27,47 @@ _FENCED = re.compile(r"\s*```[a-zA-Z]*\s*\n(.*?)\n?\s*```\s*", re.DOTALL)
 _SHOWN_CHARACTERS = 2000
 
 
-def native(spec: WorkerSpec) -> Native:
-    """What becomes of a schema at this worker."""
+def native(spec: WorkerSpec, wanted: ResponseFormat | None = None) -> Native:
+    """What becomes of what is wanted at this worker; without it, of a schema that its API takes."""
     match spec.provider:
         case "vllm" | "gemini":
             return "trusted"
         case "anthropic":
-            from actors.adapters.anthropic import generation
-
-            known = generation(spec.model)
-            return "sent" if known is None else "trusted" if known >= (4, 1) else "none"
+            return _at_anthropic(spec, wanted)
         case "openai":
-            host = urlsplit(spec.url).hostname or ""
-            return "trusted" if host.endswith(("openai.com", "azure.com")) else "sent"
+            if not official(spec):
+                return "sent"
+            held = wanted is None or wanted.kind != "json_schema" or strict(spec, wanted.strict, wanted.schema)
+            return "trusted" if held else "sent"
         case "replay":
             return "sent"  # it knows conversations by their words, so nothing may be added
         case "local":
             return "none"
+
+
+def _at_anthropic(spec: WorkerSpec, wanted: ResponseFormat | None) -> Native:
+    from actors.adapters.anthropic import generation
+
+    known = generation(spec.model)
+    if wanted is not None and wanted.kind != "json_schema":
+        return "none"  # it has no mode for JSON of any form
+    if known is None:
+        return "sent"
+    if known < (4, 1) or (wanted is not None and not takes("anthropic", wanted.schema or {})):
+        return "none"
+    return "trusted"
+
+
+def official(spec: WorkerSpec) -> bool:
+    """Whether it is a server of OpenAI's own, or of Azure's."""
+    return (urlsplit(spec.url).hostname or "").endswith(("openai.com", "azure.com"))
+
+
+def strict(spec: WorkerSpec, asked: bool | None, schema: Mapping[str, Any] | None) -> bool | None:
+    """What a server of OpenAI's dialect is told of `strict`: OpenAI's own refuse it beside a schema that they cannot
+    hold the model to, and take that without."""
+    fits = not asked or not official(spec) or takes("openai", schema or {})
+    return asked if fits else None
 
 
 class Shape:

@@ -101,7 +101,6 @@ class WorkerRuntime:
                 self.limiter.assume_full()
             journal.start(self.limiter.live)
         self.breaker = CircuitBreaker(spec.breaker.failures, spec.breaker.cooldown, clock=clock, worker=spec.name)
-        self._native = native(spec)
         self._cost = pricing(spec)
         self._cache: ResponseCache[ChatReply] | None = None
         if spec.cache is not None:
@@ -146,7 +145,7 @@ class WorkerRuntime:
         shape = await shape_of(request)
         if shape is None:
             return await self._one(request)
-        if self._native == "none":
+        if native(self.spec, request.response_format) == "none":
             request = shape.asked(request)
         reply, wrong = await shape.checked(await self._one(request))
         if wrong is None:
@@ -178,7 +177,7 @@ class WorkerRuntime:
         Raises `StreamBrokenError` for whatever fails after the first chunk, other `WorkerError`s before it.
         """
         shape = await shape_of(request)
-        if shape is not None and self._native != "trusted":
+        if shape is not None and native(self.spec, request.response_format) != "trusted":
             for chunk in as_chunks(await self.complete(request)):
                 yield chunk
             return

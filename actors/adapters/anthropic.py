@@ -30,12 +30,13 @@ from actors.adapters.base import CallContext
 from actors.adapters.upstream import Upstream
 from actors.config import WorkerSpec
 from actors.messages import ChatReply, ChatRequest, Chunk, FinishReason, ImagePart, Message, Thought, Usage
+from actors.schema_subset import takes
 
 PATH = "/v1/messages"
 VERSION = "2023-06-01"
 
 # The reference's optional fields that callers may give as they are; `user` becomes `metadata.user_id`.
-ACCEPTED = frozenset({"thinking", "cache_control", "container", "inference_geo", "speed"})
+ACCEPTED = frozenset({"cache_control", "container", "inference_geo", "speed"})
 
 _FINISH: Mapping[str, FinishReason] = {
     "end_turn": "stop",
@@ -94,6 +95,7 @@ def request_body(spec: WorkerSpec, request: ChatRequest) -> tuple[dict[str, Any]
         body["system"] = system
     _tools(body, request, messages, known, dropped)
     _thinking(body, request, known, dropped)
+    _asked_thinking(body, request, known, dropped)
     _sampling(body, request, known, spec.accepts, dropped)
     if stops := [stop for stop in request.stop if stop.strip()]:
         body["stop_sequences"] = stops
@@ -108,7 +110,7 @@ def request_body(spec: WorkerSpec, request: ChatRequest) -> tuple[dict[str, Any]
         else:
             dropped.append("response_format")
     for name, value in request.extra.items():
-        if name == "top_k":
+        if name in ("top_k", "thinking"):
             continue
         native = name in ACCEPTED or (name == "service_tier" and value in ("auto", "standard_only"))
         if name == "user" and isinstance(value, str):
@@ -167,12 +169,34 @@ def _thinking(body: dict[str, Any], request: ChatRequest, known: tuple[int, int]
         _budget(body, request, _BUDGET[effort], dropped)
 
 
+def _asked_thinking(
+    body: dict[str, Any], request: ChatRequest, known: tuple[int, int] | None, dropped: list[str]
+) -> None:
+    """The caller's own `thinking`, in the form that this generation takes: the caller knows none of the workers, and
+    the API refuses budgets from 4.7 on and `adaptive` before 4.6."""
+    asked = request.extra.get("thinking")
+    if asked is None:
+        return
+    kind = asked.get("type") if isinstance(asked, Mapping) else None
+    if known is not None and kind == "adaptive" and known < (4, 6):
+        if known < (3, 7):
+            dropped.append("thinking")
+        elif "thinking" not in body and "reasoning_effort" not in dropped:
+            _budget(body, request, _BUDGET["high"], dropped, "thinking")
+    elif known is not None and kind == "enabled" and known >= (4, 7):
+        body["thinking"] = {"type": "adaptive", "display": asked.get("display") or "summarized"}
+    else:
+        body["thinking"] = asked
+
+
 def _forced(body: dict[str, Any]) -> bool:
     """The API refuses thinking together with a tool that must be called."""
     return body.get("tool_choice", {}).get("type") in ("any", "tool")
 
 
-def _budget(body: dict[str, Any], request: ChatRequest, budget: int, dropped: list[str]) -> None:
+def _budget(
+    body: dict[str, Any], request: ChatRequest, budget: int, dropped: list[str], field: str = "reasoning_effort"
+) -> None:
     """Thinking tokens count toward `max_tokens`. A caller's bound is kept and shared; ours is widened. Not possible
     inside a tool loop whose earlier thoughts (signed blocks) the caller did not hand back."""
     if request.max_tokens is None:
@@ -184,7 +208,7 @@ def _budget(body: dict[str, Any], request: ChatRequest, budget: int, dropped: li
     asked = next((message for message in reversed(request.messages) if message.role == "assistant"), None)
     unsigned = in_loop and not (asked is not None and asked.thoughts)
     if budget < _MIN_BUDGET or _forced(body) or unsigned:
-        dropped.append("reasoning_effort")
+        dropped.append(field)
     else:
         body["thinking"] = {"type": "enabled", "budget_tokens": budget}
 
@@ -196,15 +220,15 @@ def _tools(
     known: tuple[int, int] | None,
     dropped: list[str],
 ) -> None:
-    strict = known is None or known >= (4, 1)
-    if not strict and any(tool.strict for tool in request.tools):
+    held = {tool.name for tool in request.tools if tool.strict and _holds_to(tool.parameters, known)}
+    if any(tool.strict and tool.name not in held for tool in request.tools):
         dropped.append("tools.strict")
     tools = [
         given(
             name=tool.name,
             description=tool.description or None,
             input_schema={"type": "object", "properties": {}, **tool.parameters},
-            strict=(strict and tool.strict) or None,
+            strict=tool.name in held or None,
         )
         for tool in request.tools
     ]
@@ -228,6 +252,11 @@ def _tools(
     elif choice is not None or one:
         required = choice is not None and choice.mode == "required"
         body["tool_choice"] = {"type": "any" if required else "auto", **one}
+
+
+def _holds_to(schema: Mapping[str, Any], known: tuple[int, int] | None) -> bool:
+    """A schema beyond what the API can hold a call to is refused with `strict`, and taken without."""
+    return known is None or (known >= (4, 1) and takes("anthropic", schema))
 
 
 def _messages(messages: list[Message]) -> list[dict[str, Any]]:
@@ -364,6 +393,7 @@ class _Reader:
     def _stop(self, told: dict[str, Any]) -> None:
         if reason := told.get("stop_reason"):
             self.answer.finish = _FINISH.get(reason, "stop")
+        self.answer.stopped(told.get("stop_sequence"))
         # Why it refused, where that can be told.
         self.answer.add_refusal((told.get("stop_details") or {}).get("explanation") or "")
 

@@ -41,6 +41,7 @@ class Assembler:
     thoughts: list[Thought] = field(default_factory=list)
     refusal: list[str] = field(default_factory=list)
     model: str = ""
+    stop_sequence: str = ""
     _new_text: list[str] = field(default_factory=list)
     _new_reasoning: list[str] = field(default_factory=list)
     _new_tools: list[ToolCallDelta] = field(default_factory=list)
@@ -52,6 +53,11 @@ class Assembler:
         """The provider says which model answers, or leaves it out."""
         if isinstance(model, str):
             self.model = model[:200]
+
+    def stopped(self, by: Any) -> None:
+        """The provider says which of the caller's stop sequences ended the answer, or leaves it out."""
+        if isinstance(by, str):
+            self.stop_sequence = by
 
     def add_text(self, piece: str) -> None:
         if piece:
@@ -122,6 +128,7 @@ class Assembler:
             thoughts=tuple(self.thoughts),
             model=self.model,
             refusal=refusal,
+            stop_sequence=self.stop_sequence,
         )
 
 

@@ -188,7 +188,8 @@ def _parts(message: Message, names: Mapping[str, str], signed: bool) -> list[dic
     images = [_image(image) for image in message.images]
     if message.role == "tool":
         name = names.get(message.tool_call_id or "", message.name or "tool")
-        return [{"functionResponse": {"name": name, "response": _result(message.text)}}, *images]
+        response = {"error": message.text} if message.failed else _result(message.text)
+        return [{"functionResponse": {"name": name, "response": response}}, *images]
     parts: list[dict[str, Any]] = []
     for part in parts_of(message):
         parts.append(_image(part) if isinstance(part, ImagePart) else {"text": part.text})

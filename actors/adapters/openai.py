@@ -6,9 +6,8 @@ Mistral and others) the deviations named where they are handled.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import orjson
@@ -17,7 +16,18 @@ from actors.adapters.assemble import Assembler, count, given, stream_answer, too
 from actors.adapters.base import CallContext
 from actors.adapters.upstream import Upstream
 from actors.config import WorkerSpec
-from actors.messages import ChatReply, ChatRequest, Chunk, FinishReason, ImagePart, Message, RefusalPart, Usage
+from actors.messages import (
+    ChatReply,
+    ChatRequest,
+    Chunk,
+    FinishReason,
+    ImagePart,
+    Message,
+    RefusalPart,
+    TextPart,
+    Usage,
+)
+from actors.structured import official, strict
 
 PATH = "/chat/completions"
 
@@ -44,6 +54,9 @@ ACCEPTED = frozenset(
 )
 # Ours to decide, whatever a caller or `accepts` says.
 _OURS = frozenset({"model", "messages", "stream", "stream_options", "n"})
+
+_FAILED = "Error: the tool failed."
+_SHOWN = "The images that the tools returned:"
 
 _FINISH: Mapping[str, FinishReason] = {
     "stop": "stop",
@@ -101,7 +114,7 @@ def request_body(spec: WorkerSpec, request: ChatRequest) -> tuple[dict[str, Any]
                     name=tool.name,
                     description=tool.description or None,
                     parameters=dict(tool.parameters) or None,
-                    strict=tool.strict,
+                    strict=strict(spec, tool.strict, tool.parameters),
                 ),
             }
             for tool in request.tools
@@ -113,24 +126,32 @@ def request_body(spec: WorkerSpec, request: ChatRequest) -> tuple[dict[str, Any]
         body["tool_choice"] = named if choice.mode == "named" else choice.mode
     wanted = request.response_format
     if wanted is not None and wanted.kind == "json_schema":
-        schema = given(name=wanted.name, schema=wanted.schema, strict=wanted.strict)
+        schema = given(name=wanted.name, schema=wanted.schema, strict=strict(spec, wanted.strict, wanted.schema))
         body["response_format"] = {"type": "json_schema", "json_schema": schema}
     elif wanted is not None:
         body["response_format"] = {"type": wanted.kind}
     accepted = (ACCEPTED | set(spec.accepts)) - _OURS
     dropped = [name for name in request.extra if name not in accepted]
+    if any(tool.strict and not strict(spec, True, tool.parameters) for tool in request.tools):
+        dropped.append("tools.strict")
     body |= {name: value for name, value in request.extra.items() if name in accepted and name not in body}
     return body, dropped
 
 
 def _messages(spec: WorkerSpec, request: ChatRequest) -> list[dict[str, Any]]:
     # Compatible servers feed a conversation to a chat template, and few templates know `developer` or refusals.
-    host = urlsplit(spec.url).hostname or ""
-    knows_all = host.endswith(("openai.com", "azure.com"))
-    messages = []
+    knows_all = official(spec)
+    messages: list[dict[str, Any]] = []
+    shown: list[ImagePart] = []
     for message in request.messages:
+        if message.role != "tool" and shown:
+            messages.append(_images(shown))
+            shown = []
         role = "system" if message.role == "developer" and not knows_all else message.role
         item: dict[str, Any] = {"role": role, "content": _content(message, refusals=knows_all)}
+        if message.role == "tool":
+            item["content"] = _result(message)
+            shown += message.images
         item |= given(name=message.name, tool_call_id=message.tool_call_id)
         if message.tool_calls:
             item["content"] = item["content"] or None
@@ -143,7 +164,22 @@ def _messages(spec: WorkerSpec, request: ChatRequest) -> list[dict[str, Any]]:
                 for call in message.tool_calls
             ]
         messages.append(item)
+    if shown:
+        messages.append(_images(shown))
     return messages
+
+
+def _images(images: Sequence[ImagePart]) -> dict[str, Any]:
+    """What tools showed, as the user's: a `tool` message takes text only, and must follow the one that called it."""
+    parts = tuple(images)
+    return {"role": "user", "content": _content(Message("user", (TextPart(_SHOWN), *parts)), refusals=False)}
+
+
+def _result(message: Message) -> str | list[dict[str, Any]]:
+    """What a tool said. That it failed has no field here, and is said in words."""
+    if message.images or message.failed:
+        return "\n".join(filter(None, (_FAILED if message.failed else "", message.text)))
+    return _content(message, refusals=False)
 
 
 def _content(message: Message, *, refusals: bool) -> str | list[dict[str, Any]]:
@@ -211,6 +247,8 @@ class _Reader:
         finish = choice.get("finish_reason")
         if finish:
             answer.finish = _FINISH.get(finish, "stop")
+        # vLLM's own field; a number there is a token.
+        answer.stopped(choice.get("stop_reason"))
 
     def _parts(self, content: list[Any]) -> None:
         """Mistral's reasoning models answer in parts."""

@@ -179,6 +179,43 @@ def test_no_budget_inside_a_tool_loop_or_with_a_forced_tool() -> None:
     assert dropped == ["reasoning_effort"]
 
 
+SHOWN = {"type": "enabled", "budget_tokens": 4000}
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "sent", "dropped"),
+    [
+        ("claude-opus-4-8", SHOWN, ADAPTIVE, []),
+        ("claude-opus-4-8", {"type": "adaptive"}, {"type": "adaptive"}, []),
+        ("claude-opus-4-6", SHOWN, SHOWN, []),
+        ("claude-haiku-4-5", {"type": "adaptive"}, {"type": "enabled", "budget_tokens": 4096}, []),
+        ("claude-haiku-4-5", SHOWN, SHOWN, []),
+        ("claude-3-5-haiku-20241022", {"type": "adaptive"}, None, ["thinking"]),
+        ("kimi-k2", {"type": "adaptive"}, {"type": "adaptive"}, []),
+    ],
+)
+def test_the_callers_thinking_by_generation(model: str, asked: Any, sent: Any, dropped: list[str]) -> None:
+    """The caller writes for a model of his own choice, and does not know which answers."""
+    body, gone = request_body(spec(model), ask(max_tokens=8192, extra={"thinking": asked}))
+    assert body.get("thinking") == sent
+    assert gone == dropped
+
+
+def test_thinking_and_effort_together() -> None:
+    request = ask(max_tokens=8192, reasoning_effort="low", extra={"thinking": {"type": "adaptive"}})
+    body, dropped = request_body(spec("claude-haiku-4-5"), request)
+    assert body["thinking"] == {"type": "enabled", "budget_tokens": 2048}
+    assert dropped == []
+
+
+def test_strict_is_left_out_where_it_would_be_refused() -> None:
+    bounded = {**SCHEMA, "properties": {"city": {"type": "string", "maxLength": 9}}}
+    tools = (ToolSpec("f", parameters=SCHEMA, strict=True), ToolSpec("g", parameters=bounded, strict=True))
+    body, dropped = request_body(spec("claude-sonnet-4-6"), ask(tools=tools))
+    assert [tool.get("strict") for tool in body["tools"]] == [True, None]
+    assert dropped == ["tools.strict"]
+
+
 def test_what_the_dialect_cannot_express() -> None:
     request = ask(
         seed=1,

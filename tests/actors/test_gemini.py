@@ -148,6 +148,9 @@ def test_the_rest_of_the_vocabulary() -> None:
         response_format=ResponseFormat("json_object"),
         extra={"safetySettings": [], "presence_penalty": 0.5, "labels": {}, "contents": []},
     )
+    failed = (*request.messages[:-1], Message("tool", "no", tool_call_id="c", failed=True))
+    told = request_body(spec(), request.with_(messages=failed))[0]["contents"][-1]["parts"]
+    assert told == [{"functionResponse": {"name": "f", "response": {"error": "no"}}}]
     body, dropped = request_body(spec(accepts=["labels", "contents"]), request)
     user, model, result = body["contents"]
     assert user["parts"] == [{"fileData": {"fileUri": "https://example.com/picture"}}]

@@ -18,6 +18,7 @@ from actors.messages import (
     Message,
     RefusalPart,
     ResponseFormat,
+    TextPart,
     ToolCall,
     ToolChoice,
     ToolSpec,
@@ -125,6 +126,50 @@ def test_a_compatible_server_gets_what_it_accepts() -> None:
     assert "max_completion_tokens" not in body
     assert [message["role"] for message in body["messages"][:2]] == ["system", "system"]
     assert dropped == ["n", "stream", "messages"]
+
+
+def test_what_tools_show_and_that_they_failed() -> None:
+    """A `tool` message takes text only, and has no field for a failure."""
+    calls = tuple(ToolCall(f"c{i}", "look", "{}") for i in range(2))
+    shown = ImagePart(f"data:image/png;base64,{PIXEL}")
+    messages = (
+        Message("user", "?"),
+        Message("assistant", tool_calls=calls),
+        Message("tool", (TextPart("a cat"), shown), tool_call_id="c0"),
+        Message("tool", "no such file", tool_call_id="c1", failed=True),
+        Message("assistant", tool_calls=(ToolCall("c2", "look", "{}"),)),
+        Message("tool", (shown,), tool_call_id="c2"),
+    )
+    body, dropped = request_body(spec(), ChatRequest(messages))
+    picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PIXEL}"}}
+    told = {"role": "user", "content": [{"type": "text", "text": "The images that the tools returned:"}, picture]}
+    assert body["messages"][2:5] == [
+        {"role": "tool", "content": "a cat", "tool_call_id": "c0"},
+        {"role": "tool", "content": "Error: the tool failed.\nno such file", "tool_call_id": "c1"},
+        told,
+    ]
+    assert body["messages"][6:] == [{"role": "tool", "content": "", "tool_call_id": "c2"}, told]
+    assert dropped == []
+
+
+@pytest.mark.parametrize(
+    ("url", "schema", "sent"),
+    [
+        ("https://api.openai.com/v1", SCHEMA, True),
+        ("https://api.openai.com/v1", {"type": "object", "properties": {"city": {"type": "string"}}}, None),
+        ("http://vllm:8000/v1", {"type": "object", "properties": {"city": {"type": "string"}}}, True),
+    ],
+)
+def test_strict_is_left_out_where_it_would_be_refused(url: str, schema: Any, sent: bool | None) -> None:
+    request = ChatRequest(
+        SIMPLE.messages,
+        tools=(ToolSpec("f", parameters=schema, strict=True),),
+        response_format=ResponseFormat("json_schema", "r", schema, True),
+    )
+    body, dropped = request_body(spec(base_url=url), request)
+    assert body["tools"][0]["function"].get("strict") is sent
+    assert body["response_format"]["json_schema"].get("strict") is sent
+    assert dropped == ([] if sent else ["tools.strict"])
 
 
 def test_nothing_is_sent_that_was_not_given() -> None:

@@ -166,6 +166,48 @@ def test_what_becomes_of_a_schema(fields: dict[str, Any], expected: str) -> None
     assert native(WorkerSpec.model_validate({"name": "w", "model": "m", **fields})) == expected
 
 
+@pytest.mark.parametrize(
+    ("fields", "wanted", "expected"),
+    [
+        ({"provider": "openai"}, ResponseFormat("json_schema", schema=SCHEMA, strict=True), "trusted"),
+        ({"provider": "openai"}, ResponseFormat("json_schema", schema=SCHEMA), "sent"),
+        ({"provider": "openai"}, ResponseFormat("json_schema", schema={"type": "object"}, strict=True), "sent"),
+        ({"provider": "openai"}, ResponseFormat("json_object"), "trusted"),
+        (
+            {"provider": "anthropic", "model": "claude-opus-4-8"},
+            ResponseFormat("json_schema", schema=SCHEMA),
+            "trusted",
+        ),
+        (
+            {"provider": "anthropic", "model": "claude-opus-4-8"},
+            ResponseFormat("json_schema", schema={"type": "integer", "minimum": 1}, strict=True),
+            "none",
+        ),
+        ({"provider": "anthropic", "model": "claude-opus-4-8"}, ResponseFormat("json_object"), "none"),
+        ({"provider": "anthropic", "model": "glm"}, ResponseFormat("json_object"), "none"),
+        ({"provider": "gemini"}, ResponseFormat("json_object"), "trusted"),
+    ],
+)
+def test_what_becomes_of_what_is_wanted(fields: dict[str, Any], wanted: ResponseFormat, expected: str) -> None:
+    assert native(WorkerSpec.model_validate({"name": "w", "model": "m", **fields}), wanted) == expected
+
+
+async def test_any_json_is_asked_of_claude_in_words_and_checked_before_it_is_streamed() -> None:
+    adapter = says("three", '{"n": 3}')
+    claude = runtime(adapter, provider="anthropic", model="claude-opus-4-8")
+    asked = REQUEST.with_(response_format=ResponseFormat("json_object"))
+    chunks = [chunk async for chunk in claude.stream(asked)]
+    assert "".join(chunk.text for chunk in chunks) == '{"n": 3}'
+    assert "one JSON object" in adapter.calls[0].messages[1].text
+
+
+async def test_a_schema_that_is_not_held_to_is_checked_before_it_is_streamed() -> None:
+    adapter = says("three", '{"n": 3}')
+    asked = REQUEST.with_(response_format=ResponseFormat("json_schema", "count", SCHEMA, strict=False))
+    chunks = [chunk async for chunk in runtime(adapter, base_url="https://api.openai.com/v1").stream(asked)]
+    assert "".join(chunk.text for chunk in chunks) == '{"n": 3}'
+
+
 @given(st.dictionaries(st.sampled_from("nxy"), st.one_of(st.integers(-5, 5), st.text(max_size=2)), max_size=2))
 def test_exactly_what_satisfies_the_schema_passes(value: dict[str, Any]) -> None:
     assert REQUEST.response_format is not None
