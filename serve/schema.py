@@ -98,6 +98,18 @@ class NamedToolBody(Open):
     function: NamedFunctionBody
 
 
+class SomeToolsBody(Open):
+    mode: Literal["auto", "required"]
+    tools: list[NamedToolBody]
+
+
+class AllowedToolsBody(Open):
+    """Only these tools may be called, though more are defined."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: SomeToolsBody
+
+
 class JsonSchemaBody(Open):
     name: str = "response"
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
@@ -141,7 +153,7 @@ class ChatBody(Open):
     model: Annotated[str, Field(min_length=1)]
     messages: Annotated[list[MessageBody], Field(min_length=1)]
     tools: list[ToolBody] | None = None
-    tool_choice: Literal["auto", "none", "required"] | NamedToolBody | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedToolBody | AllowedToolsBody | None = None
     parallel_tool_calls: bool | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None

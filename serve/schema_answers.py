@@ -201,8 +201,8 @@ class MessageAnswerBody(BaseModel):
     role: Literal["assistant"]
     model: str
     content: list[MessageBlock]
-    stop_reason: Literal["end_turn", "max_tokens", "tool_use", "refusal"]
-    stop_sequence: None
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "refusal"]
+    stop_sequence: str | None
     stop_details: dict[str, Any] | None = None
     usage: MessageUsage
     fugu: Trace = None

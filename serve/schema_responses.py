@@ -91,8 +91,11 @@ class NamedChoice(Open):
 
 
 class ReasoningBody(Open):
+    """`generate_summary` is what `summary` was called once."""
+
     effort: str | None = None
     summary: str | None = None
+    generate_summary: str | None = None
 
 
 class FormatBody(Open):

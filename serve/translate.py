@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
@@ -25,6 +25,7 @@ from actors.messages import (
     Usage,
 )
 from serve.schema import (
+    AllowedToolsBody,
     ChatBody,
     MessageBody,
     NamedToolBody,
@@ -34,30 +35,35 @@ from serve.schema import (
     TextPartBody,
 )
 
-# Fields whose effect a single uniform reply cannot carry: they are dropped here, with a warning in the trace.
-UNSUPPORTED = ("logprobs", "top_logprobs", "audio", "modalities", "prediction", "web_search_options")
+# Fields that ask for what no answer of ours has; to leave them out would be to lose it.
+_REFUSED = {
+    "logprobs": "answers here carry no probabilities of tokens",
+    "top_logprobs": "answers here carry no probabilities of tokens",
+    "audio": "answers here are text",
+    "web_search_options": "it is a tool that OpenAI's servers run, which no worker here has; define a function",
+    "functions": "use tools",
+    "function_call": "use tool_choice",
+}
+_NOTHING: tuple[Any, ...] = (None, False, 0, [], "none", "auto")
 
 
 def to_request(body: ChatBody) -> tuple[ChatRequest, tuple[str, ...]]:
-    """The request for a worker, and the fields that were dropped because no reply of ours can carry their effect.
+    """The request for a worker, and the fields that were dropped.
 
     Raises:
-        RequestError: a message lacks what its role needs.
+        RequestError: a message lacks what its role needs, or something is asked for that no answer of ours has.
     """
     extra = dict(body.model_extra or {})
-    dropped = tuple(name for name in UNSUPPORTED if extra.pop(name, None) not in (None, False))
+    for name, why in _REFUSED.items():
+        if extra.pop(name, None) not in _NOTHING:
+            raise RequestError(f"{name}: {why}", param=name)
+    if extra.pop("modalities", None) not in (None, [], ["text"]):
+        raise RequestError("modalities: answers here are text", param="modalities")
+    tools, choice = _tools(body)
     request = ChatRequest(
         messages=tuple(_message(message, index) for index, message in enumerate(body.messages)),
-        tools=tuple(
-            ToolSpec(
-                name=tool.function.name,
-                description=tool.function.description or "",
-                parameters=tool.function.parameters or {},
-                strict=tool.function.strict,
-            )
-            for tool in body.tools or ()
-        ),
-        tool_choice=_tool_choice(body),
+        tools=tools,
+        tool_choice=choice,
         parallel_tool_calls=body.parallel_tool_calls,
         max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         temperature=body.temperature,
@@ -68,7 +74,7 @@ def to_request(body: ChatBody) -> tuple[ChatRequest, tuple[str, ...]]:
         reasoning_effort=body.reasoning_effort,
         extra=extra,
     )
-    return request, dropped
+    return request, ()
 
 
 def _message(message: MessageBody, index: int) -> Message:
@@ -78,6 +84,10 @@ def _message(message: MessageBody, index: int) -> Message:
         raise RequestError(f"{where}.tool_calls: only an assistant message has them", param=f"{where}.tool_calls")
     if message.role == "tool" and not message.tool_call_id:
         raise RequestError(f"{where}.tool_call_id: is required", param=f"{where}.tool_call_id")
+    for name in ("function_call", "audio"):
+        if (message.model_extra or {}).get(name) is not None:
+            why = "use tool_calls" if name == "function_call" else "no worker here keeps it; send its transcript"
+            raise RequestError(f"{where}.{name}: {why}", param=f"{where}.{name}")
     if message.content is None and not calls and message.refusal is None:
         raise RequestError(f"{where}.content: is required", param=f"{where}.content")
     return Message(message.role, _content(message, where), message.name, calls, message.tool_call_id)
@@ -106,10 +116,29 @@ def _part(part: PartBody) -> Part:
     return ImagePart(part.image_url.url, part.image_url.detail)
 
 
-def _tool_choice(body: ChatBody) -> ToolChoice | None:
+def _tools(body: ChatBody) -> tuple[tuple[ToolSpec, ...], ToolChoice | None]:
+    """The tools that may be called, and which of them must be."""
+    tools = tuple(
+        ToolSpec(
+            name=tool.function.name,
+            description=tool.function.description or "",
+            parameters=tool.function.parameters or {},
+            strict=tool.function.strict,
+        )
+        for tool in body.tools or ()
+    )
     choice = body.tool_choice
-    if choice is None:
-        return None
+    if not isinstance(choice, AllowedToolsBody):
+        return tools, None if choice is None else _tool_choice(choice, body)
+    where = "tool_choice.allowed_tools.tools"
+    names = {tool.function.name for tool in choice.allowed_tools.tools}
+    tools = tuple(tool for tool in tools if tool.name in names)
+    if not tools:
+        raise RequestError(f"{where}: none of them is among the tools", param=where)
+    return tools, ToolChoice(choice.allowed_tools.mode)
+
+
+def _tool_choice(choice: Literal["auto", "none", "required"] | NamedToolBody, body: ChatBody) -> ToolChoice:
     if choice != "none" and not body.tools:
         raise RequestError("tool_choice: there are no tools to choose from", param="tool_choice")
     if not isinstance(choice, NamedToolBody):

@@ -52,7 +52,9 @@ _STOP_REASON = {
 }
 
 # Fields with a meaning for Anthropic's own workers, which take them as they are.
-_PASSED_ON = ("cache_control", "container", "inference_geo", "service_tier", "speed", "mcp_servers")
+_PASSED_ON = ("cache_control", "container", "inference_geo", "service_tier", "speed")
+# Ways of asking for state that is kept elsewhere, or for what only Anthropic's own servers do.
+_REFUSED = ("mcp_servers", "thread", "compaction")
 
 _ERROR_TYPE = {
     400: "invalid_request_error",
@@ -73,6 +75,13 @@ def to_request(body: CountBody) -> ChatRequest:
     Raises:
         RequestError: something that cannot be said to every worker; `param` names it.
     """
+    for name in _REFUSED:
+        if (body.model_extra or {}).get(name) not in (None, [], {}):
+            raise RequestError(
+                f"{name}: this server does not keep or do that; send the conversation itself, and tools with an "
+                "input_schema",
+                param=name,
+            )
     messages: list[Message] = []
     if body.system:
         messages.append(Message("system", _system(body.system)))
@@ -81,9 +90,11 @@ def to_request(body: CountBody) -> ChatRequest:
     tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ()))
     choice = body.tool_choice
     extra = {name: value for name in _PASSED_ON if (value := (body.model_extra or {}).get(name)) is not None}
-    if "cache_control" not in extra and _marks_cache(body):
-        # One model for all: wherever the caller put its marks, the worker's provider caches automatically.
-        extra["cache_control"] = {"type": "ephemeral"}
+    if "cache_control" not in extra and (marks := _cache_marks(body)):
+        # One model for all: wherever the caller put its marks, the worker's provider caches automatically, for the
+        # longer time if one of them names that.
+        long = any(mark.get("ttl") == "1h" for mark in marks)
+        extra["cache_control"] = {"type": "ephemeral"} | ({"ttl": "1h"} if long else {})
     if body.thinking is not None:
         extra["thinking"] = body.thinking.model_dump(exclude_none=True)
     wanted = body.output_config.format if body.output_config else None
@@ -229,10 +240,19 @@ def _tool_choice(choice: ToolChoiceBody | None, tools: Sequence[ToolSpec]) -> To
     return ToolChoice("named", choice.name)
 
 
-def _marks_cache(body: CountBody) -> bool:
+def left_out(body: CountBody) -> tuple[str, ...]:
+    """The fields that no worker is told of."""
+    known = {*_PASSED_ON, *_REFUSED}
+    extra, config = body.model_extra or {}, (body.output_config.model_extra if body.output_config else None) or {}
+    names = [name for name, value in extra.items() if name not in known and value not in (None, [], {})]
+    return (*names, *(f"output_config.{name}" for name, value in config.items() if value is not None))
+
+
+def _cache_marks(body: CountBody) -> list[dict[str, Any]]:
     system = body.system if isinstance(body.system, list) else []
     blocks = (block for turn in body.messages if isinstance(turn.content, list) for block in turn.content)
-    return any("cache_control" in item for items in (system, body.tools or (), blocks) for item in items)
+    marks = (item.get("cache_control") for items in (system, body.tools or (), blocks) for item in items)
+    return [mark for mark in marks if isinstance(mark, dict)]
 
 
 def usage_body(visible: Usage, total: Usage) -> dict[str, Any]:
@@ -256,6 +276,8 @@ def usage_body(visible: Usage, total: Usage) -> dict[str, Any]:
 def stop_body(reply: ChatReply) -> dict[str, Any]:
     """Why it ended. What a worker said instead of an answer is no content here but an explanation of the end."""
     body: dict[str, Any] = {"stop_reason": _STOP_REASON[reply.finish_reason], "stop_sequence": None}
+    if reply.finish_reason == "stop" and reply.stop_sequence:
+        body = {"stop_reason": "stop_sequence", "stop_sequence": reply.stop_sequence}
     if reply.refusal:
         body["stop_reason"] = "refusal"
         body["stop_details"] = {"type": "refusal", "category": None, "explanation": reply.refusal}

@@ -50,7 +50,8 @@ INPUT = "input"
 _PASSED_ON = ("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "safety_identifier", "service_tier")
 # Ways of asking for state or text that is kept elsewhere, or for what only OpenAI's own servers do.
 _REFUSED = ("conversation", "prompt", "context_management", "moderation", "image", "background_options")
-_DROPPED = ("top_logprobs", "max_tool_calls")
+# Fields without a meaning for an answer: how a stream is padded, and what Codex says of itself.
+_SILENT = ("stream_options", "client_metadata")
 
 
 @dataclass(slots=True)
@@ -81,6 +82,9 @@ def to_request(
             raise RequestError(
                 f"{name}: this server does not keep or do that; send the conversation itself", param=name
             )
+    if extra.get("top_logprobs") or "message.output_text.logprobs" in (body.include or ()):
+        field = "top_logprobs" if extra.get("top_logprobs") else "include"
+        raise RequestError(f"{field}: answers here carry no probabilities of tokens", param=field)
     messages: list[Message] = [Message("system", body.instructions)] if body.instructions else []
     if isinstance(body.input, str):
         messages += to_messages(earlier, tools, "previous_response_id", skip=len(earlier))
@@ -97,7 +101,10 @@ def to_request(
         passed["verbosity"] = text.verbosity
     if body.user is not None:
         passed["user"] = body.user
-    dropped = [name for name in _DROPPED if extra.get(name) not in (None, 0)]
+    known = {*_PASSED_ON, *_REFUSED, *_SILENT}
+    dropped = [name for name, value in extra.items() if name not in known and value not in (None, 0, [], {})]
+    if reasoning is not None:
+        dropped += [f"reasoning.{name}" for name, value in (reasoning.model_extra or {}).items() if value is not None]
     if body.truncation == "auto":
         dropped.append("truncation")
     request = ChatRequest(
@@ -180,7 +187,7 @@ def _choice(choice: str | NamedChoice | None, tools: Tools) -> tuple[tuple[ToolS
             raise RequestError("tool_choice: there are no tools to choose from", param="tool_choice")
         return specs, ToolChoice(choice)  # type: ignore[arg-type]
     if choice.type == "allowed_tools":
-        allowed = {str(tool.get("name")) for tool in choice.tools or ()}
+        allowed = {tools.worker_name(str(tool.get("name")), tool.get("namespace")) for tool in choice.tools or ()}
         specs = tuple(spec for spec in specs if spec.name in allowed)
         if not specs:
             raise RequestError("tool_choice.tools: none of them is among the tools", param="tool_choice.tools")

@@ -39,8 +39,9 @@ class Behaviour:
     """How the provider treats one request.
 
     `text` may be a function of the request. `usage` is in our words (cached part of input, reasoning part of
-    output) and is counted from the request when None. `finish` is in the OpenAI words. `pieces` is how many
-    pieces the text is streamed in (None: one per word).
+    output) and is counted from the request when None. `finish` is in the OpenAI words; `stopped_by` the stop
+    sequence that ended the answer, told as Anthropic and vLLM do. `pieces` is how many pieces the text is streamed in
+    (None: one per word).
 
     Misbehaviour: `delay` and `chunk_delay` in seconds; `break_after` n SSE events (n bytes of a plain body)
     by `break_how` ("rst" resets, "fin" closes, "half" shuts down the sending side only); `error_after` n events
@@ -56,6 +57,7 @@ class Behaviour:
     refusal: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     finish: str | None = None
+    stopped_by: str | None = None
     usage: Usage | None = None
     pieces: int | None = None
     status: int = 200
@@ -229,6 +231,7 @@ def openai_plain(answer: Answer) -> dict[str, Any]:
             for call in behaviour.tool_calls
         ]
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish}
+    choice |= {"stop_reason": behaviour.stopped_by} if behaviour.stopped_by else {}
     body = _openai_head(answer, "chat.completion")
     return {**body, "choices": [choice], "usage": openai_usage(answer.usage)}
 
@@ -238,6 +241,7 @@ def openai_events(answer: Answer) -> list[bytes]:
 
     def chunk(delta: dict[str, Any], finish: str | None = None) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        choice |= {"stop_reason": behaviour.stopped_by} if finish and behaviour.stopped_by else {}
         return frame({**head, "choices": [choice]})
 
     frames = [chunk({"role": "assistant", "content": ""})]
@@ -320,6 +324,8 @@ def anthropic_plain(answer: Answer) -> dict[str, Any]:
 
 
 def _anthropic_stop(answer: Answer) -> dict[str, Any]:
+    if answer.behaviour.stopped_by:
+        return {"stop_reason": "stop_sequence", "stop_sequence": answer.behaviour.stopped_by}
     if not answer.behaviour.refusal:
         return {"stop_reason": _ANTHROPIC_STOP.get(answer.finish, answer.finish), "stop_sequence": None}
     details = {"type": "refusal", "category": None, "explanation": answer.behaviour.refusal}

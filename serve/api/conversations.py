@@ -66,13 +66,15 @@ class Conversations:
         if self._store is not None:
             await self._store.put([Kept(BEAT, id, b"")], caller.id, seconds=_BEAT_SECONDS)
 
-    async def shown(self, id: str, caller: Caller) -> dict[str, Any]:
-        """A response's body; one that nobody makes any more has failed.
+    async def shown(self, id: str, caller: Caller, *, sealed: bool = False) -> dict[str, Any]:
+        """A response's body; one that nobody makes any more has failed. `sealed`: with the reasoning that was signed,
+        for the caller to carry.
 
         Raises:
             NotFoundError: as `get`.
         """
-        body = (await self.get(id, caller)).body
+        record = await self.get(id, caller)
+        body = record.body | ({"output": record.output} if sealed and record.output else {})
         assert self._store is not None
         if body["status"] == "in_progress" and await self._store.get(BEAT, id, caller.id) is None:
             # It may have been finished between the two looks.

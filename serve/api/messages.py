@@ -17,7 +17,15 @@ from serve.blocks import Block, Blocks, Step, blocks_of
 from serve.schema import parse_body
 from serve.schema_messages import CountBody, MessagesBody
 from serve.translate import dumps
-from serve.translate_messages import block_body, error_body, signature, stop_body, to_request, usage_body
+from serve.translate_messages import (
+    block_body,
+    error_body,
+    left_out,
+    signature,
+    stop_body,
+    to_request,
+    usage_body,
+)
 
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 
@@ -60,7 +68,7 @@ class MessagesExchange:
     def request(self) -> tuple[ChatRequest, tuple[str, ...]]:
         request = to_request(self._body)
         self._estimated = estimate_tokens(request).input
-        return request, ()
+        return request, left_out(self._body)
 
     def whole(self, done: Done) -> bytes:
         blocks = blocks_of(replace(done.reply, refusal=""))

@@ -80,7 +80,8 @@ class ResponsesExchange:
         self.background = bool(body.background)
         self.fugu = body.fugu
         sealed = "reasoning.encrypted_content" in (body.include or ())
-        summary = bool(body.reasoning and body.reasoning.summary)
+        self._summary = (body.reasoning.summary or body.reasoning.generate_summary) if body.reasoning else None
+        summary = bool(self._summary)
         self._output = Output(self._secret, self._tools, summary=summary, sealed=sealed)
 
     def request(self) -> tuple[ChatRequest, tuple[str, ...]]:
@@ -180,7 +181,7 @@ class ResponsesExchange:
             "prompt_cache_key": extra.get("prompt_cache_key"),
             "reasoning": {
                 "effort": body.reasoning.effort if body.reasoning else None,
-                "summary": body.reasoning.summary if body.reasoning else None,
+                "summary": self._summary,
             },
             "safety_identifier": extra.get("safety_identifier"),
             "service_tier": "default",

@@ -25,9 +25,11 @@ def add_routes(app: FastAPI, conversations: Conversations, keys: Keys) -> None:
     @app.get("/v1/responses/{id}", summary="A response that was kept", responses=told(ResponseBody, LOOKING))
     async def retrieve(id: str, request: Request) -> Response:
         whose = await caller(request)
-        if request.query_params.get("stream") == "true":
+        query = request.query_params
+        if query.get("stream") == "true":
             raise RequestError("stream: a response that was made cannot be streamed again", param="stream")
-        return answer(await conversations.shown(id, whose))
+        included = [*query.getlist("include"), *query.getlist("include[]")]
+        return answer(await conversations.shown(id, whose, sealed="reasoning.encrypted_content" in included))
 
     @app.delete("/v1/responses/{id}", summary="Forget a response", responses=told(DeletedBody, LOOKING))
     async def delete(id: str, request: Request) -> Response:

@@ -199,7 +199,7 @@ async def test_tool_calls_both_ways() -> None:
 async def test_the_trace_tells_all(stream: bool) -> None:
     first, second = Scripted("a", WorkerUnavailableError("a is down", worker="a")), Scripted("b", "yes")
     app = gateway(first, second, decider=Fixed("a", {"a": 0.75, "b": 0.25}))
-    response = await post(app, fugu={"trace": True}, stream=stream, logprobs=True, top_k=3)
+    response = await post(app, fugu={"trace": True}, stream=stream, top_k=3)
     if stream:
         *_, last, done = events(response)
         assert done == "[DONE]"
@@ -216,8 +216,8 @@ async def test_the_trace_tells_all(stream: bool) -> None:
     assert trace["attempts"][0]["reason"] == "a is down"
     assert trace["cost_usd"] == 0.25
     assert trace["usage"]["total_tokens"] == 8
-    assert trace["dropped"] == ["logprobs", "top_k"]
-    assert trace["warnings"] == [f"{name}: not accepted by b, left out" for name in ("logprobs", "top_k")]
+    assert trace["dropped"] == ["top_k"]
+    assert trace["warnings"] == ["top_k: not accepted by b, left out"]
     assert 0 <= trace["timings"]["decision_s"] <= trace["timings"]["first_byte_s"] <= trace["timings"]["total_s"]
     assert trace["timings"]["queued_s"] == 0.0
 

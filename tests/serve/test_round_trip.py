@@ -73,8 +73,14 @@ thoughts = st.lists(
 
 @st.composite
 def conversations(
-    draw: st.DrawFn, *, with_thoughts: bool = False, with_failures: bool = False, with_refusals: bool = False
+    draw: st.DrawFn,
+    *,
+    with_thoughts: bool = False,
+    with_failures: bool = False,
+    with_refusals: bool = False,
+    with_images: bool = True,
 ) -> tuple[Message, ...]:
+    """`with_images`: tools may show some."""
     messages = [Message("system", draw(words))] if draw(st.booleans()) else []
     number = 0
     for _ in range(draw(st.integers(1, 3))):
@@ -89,7 +95,8 @@ def conversations(
         messages.append(Message("assistant", content, tool_calls=tuple(calls), thoughts=thought))
         for call in calls:
             failed = with_failures and draw(st.booleans())
-            messages.append(Message("tool", draw(contents), tool_call_id=call.id, failed=failed))
+            result = draw(contents if with_images else words)
+            messages.append(Message("tool", result, tool_call_id=call.id, failed=failed))
     if messages[-1].role == "assistant":
         messages.append(Message("user", draw(words)))
     return tuple(messages)
@@ -118,12 +125,13 @@ settings_of_a_call = st.fixed_dictionaries(
         "stop": st.lists(words, max_size=2).map(tuple),
     }
 )
-formats = st.one_of(st.none(), st.just(ResponseFormat("json_schema", "response", {"type": "object"}, True)))
+EMPTY = {"type": "object", "properties": {}, "additionalProperties": False}
+formats = st.one_of(st.none(), st.just(ResponseFormat("json_schema", "response", EMPTY, True)))
 SPEC = WorkerSpec(name="w", provider="openai", model="m")
 CLAUDE = WorkerSpec(name="w", provider="anthropic", model="m", accepts=("temperature", "top_p"))
 
 
-@given(conversations(with_refusals=True), tooled(), settings_of_a_call, formats)
+@given(conversations(with_refusals=True, with_images=False), tooled(), settings_of_a_call, formats)
 def test_chat_requests(messages: tuple[Message, ...], tools: Any, settings: Any, format: ResponseFormat | None) -> None:
     request = ChatRequest(messages, response_format=format, **tools, **settings)
     body, dropped = openai.request_body(SPEC, request)
@@ -162,9 +170,12 @@ def replies(draw: st.DrawFn) -> ChatReply:
     reasoning = "".join(each.text for each in signed) + rest
     finish = "tool_calls" if calls else draw(st.sampled_from(("stop", "length", "content_filter", "refusal")))
     refusal = draw(st.one_of(st.just(""), words)) if finish == "refusal" else ""
+    stopped = draw(st.sampled_from(("", "END"))) if finish == "stop" else ""
     read, written = draw(st.integers(0, 99)), draw(st.integers(0, 99))
     usage = Usage(read, written, draw(st.integers(0, read)), draw(st.integers(0, written)))
-    return ChatReply("w", text, reasoning, calls, finish, usage, thoughts=signed, refusal=refusal)  # type: ignore[arg-type]
+    return ChatReply(
+        "w", text, reasoning, calls, cast(Any, finish), usage, thoughts=signed, refusal=refusal, stop_sequence=stopped
+    )
 
 
 @st.composite
@@ -239,10 +250,10 @@ def test_chat_streams_and_replies(stream: tuple[ChatReply, list[Chunk]]) -> None
             for event in events_of(written(exchange(), reply, chunks)):
                 reader.read(event)
             assert reader.done
-        # Chat has no place for signed thoughts, nor for a refusal without words.
+        # Chat has no place for signed thoughts, for a refusal without words, nor for what stopped it.
         silent = reply.finish_reason == "refusal" and not reply.refusal
         finish: Any = "content_filter" if silent else reply.finish_reason
-        expected = replace(reply, thoughts=(), model=HELLO["model"], finish_reason=finish)
+        expected = replace(reply, thoughts=(), model=HELLO["model"], finish_reason=finish, stop_sequence="")
         assert reader.answer.reply("w", ()) == expected
 
 

@@ -152,7 +152,8 @@ def test_every_field_arrives() -> None:
                 response_format={"type": "json_schema", "json_schema": {"name": "r", "schema": {"type": "object"}}},
                 reasoning_effort="low",
                 top_k=40,
-                logprobs=True,
+                logprobs=False,
+                modalities=["text"],
             )
         )
     )
@@ -168,7 +169,44 @@ def test_every_field_arrives() -> None:
     assert (request.max_tokens, request.temperature, request.top_p, request.seed) == (5, 1.0, 0.5, -3)
     assert (request.stop, request.parallel_tool_calls, request.reasoning_effort) == (("END",), False, "low")
     assert request.extra == {"top_k": 40}
-    assert dropped == ("logprobs",)
+    assert dropped == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": "wav"}}, "audio"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"web_search_options": {}}, "web_search_options"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"function_call": {"name": "f"}}, "function_call"),
+        (
+            {"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f"}}]},
+            "messages[0].function_call",
+        ),
+        ({"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, "messages[0].audio"),
+    ],
+)
+def test_what_no_answer_of_ours_has_is_an_error(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        to_request(parse_chat(body(**fields)))
+    assert caught.value.param == param
+
+
+def test_only_some_of_the_tools() -> None:
+    tools = [{"type": "function", "function": {"name": name}} for name in ("look", "jump")]
+    named = {"type": "function", "function": {"name": "jump"}}
+
+    def asked(*names: str) -> dict[str, Any]:
+        allowed = [{**named, "function": {"name": name}} for name in names]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": allowed}}
+
+    request, _ = to_request(parse_chat(body(tools=tools, tool_choice=asked("jump"))))
+    assert (request.tools, request.tool_choice) == ((ToolSpec("jump"),), ToolChoice("required"))
+    with pytest.raises(RequestError, match="none of them"):
+        to_request(parse_chat(body(tools=tools, tool_choice=asked("fly"))))
 
 
 def test_max_completion_tokens_wins_over_the_older_name() -> None:
