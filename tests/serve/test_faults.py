@@ -1,7 +1,7 @@
-"""Providers that fail in every way, under every dialect: nothing hangs, nothing leaks, no byte is wrong.
+"""Providers that fail in every way, under every dialect and model: nothing hangs, nothing leaks, no byte is wrong.
 
-`FUGU_FAULTS` is how many requests are made (900); most attempts at answering one meet a fault of their own, so
-that more than a thousand are injected.
+`FUGU_FAULTS` is how many requests are made (900); most calls of a worker meet a fault of their own, so that more than a
+thousand are injected.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import random
 import sqlite3
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,18 @@ from actors.messages import ChatReply, ChatRequest
 from actors.transport import make_transport
 from actors.worker import WorkerRuntime
 from serve.api.health import Readiness
+from serve.conductor import conducting
 from serve.gateway import Gateway
 from serve.keys import Key, KeyBook
 from serve.router import OrderDecider
-from tests.faults import PATHS, Reader, body_of, faulty, number_in
+from serve.store import SqliteStore
+from tests.faults import PATHS, Reader, body_of, faulty, number_in, plan_of, wants_plan
 from tests.loopback import Behaviour, LoopbackProvider, Recorded
 
 REQUESTS = int(os.environ.get("FUGU_FAULTS", "900"))
+FAULTS = REQUESTS * 1000 // 900
+MODELS = {"fugu": 8, "fugu-trinity": 1, "fugu-ultra": 1}
+"""Which are asked for, how often."""
 AT_ONCE = 24
 LONGEST = 20.0
 TIMEOUT = {"connect": 1.0, "first_byte": 0.5, "idle": 0.4, "total": 5.0}
@@ -56,16 +62,19 @@ async def test_injected_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("FUGU_STATE", str(tmp_path))
     seed = int(os.environ.get("FUGU_FAULTS_SEED", "7"))
     faults: list[bool] = []
+    calls: Counter[tuple[int, str]] = Counter()
     book = KeyBook(tmp_path / "keys.sqlite")
     key, secret = book.create(Key("", "faults", tokens_per_minute=10**8, monthly_usd=10**6))
     with LoopbackProvider(record=False) as provider:
 
         def choose(request: Recorded) -> Behaviour:
             number = number_in(request)
-            # Every attempt of a request fails in a way of its own.
-            behaviour = faulty(random.Random(f"{seed}/{number}/{request.dialect}"), number, request.stream)
+            # Every call for a request fails in a way of its own.
+            calls[number, request.dialect] += 1
+            rng = random.Random(f"{seed}/{number}/{request.dialect}/{calls[number, request.dialect]}")
+            behaviour = faulty(rng, number, request.stream, tools="tools" in request.body)
             faults.append(_is_fault(behaviour))
-            return behaviour
+            return replace(behaviour, text=plan_of(number)) if wants_plan(request) else behaviour
 
         provider.chooses = choose
         common = {
@@ -88,35 +97,48 @@ async def test_injected_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                     },
                 ],
                 "serve": {"keep_alive": 0.2},
+                "conductor": {"worker": "o", "style": "compact"},
             }
         )
         kinds = {"openai": OpenAIAdapter, "anthropic": AnthropicAdapter}
         workers = [
             Direct(WorkerRuntime(spec, kinds[spec.provider](spec, make_transport(spec)))) for spec in config.active
         ]
-        app = Gateway(config, workers, OrderDecider(["o", "a"]), Readiness({}))
+        ultra = conducting(config, {worker.name: worker for worker in workers})
+        app = Gateway(
+            config,
+            workers,
+            OrderDecider(["o", "a"]),
+            Readiness({}),
+            no_roles=None,
+            ultra=(ultra, SqliteStore(tmp_path / "workflows.sqlite")),
+        )
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)  # type: ignore[arg-type]
         rng = random.Random(seed)
         seen: Counter[str] = Counter()
+        whole: Counter[str] = Counter()
         free = asyncio.Semaphore(AT_ONCE)
 
-        async def one(http: httpx.AsyncClient, number: int, path: str, stream: bool) -> None:
+        async def one(http: httpx.AsyncClient, number: int, path: str, stream: bool, model: str) -> None:
             reader = Reader(path, stream)
             async with free, asyncio.timeout(LONGEST):
-                response = await http.post(path, json=body_of(path, number, stream))
+                response = await http.post(path, json=body_of(path, number, stream, model=model))
             reader.read(response.status_code, response.content)
             reader.check(number)
             seen[reader.error or "whole"] += 1
+            whole[model] += reader.whole
 
         keyed = {"authorization": f"Bearer {secret}"}
         async with httpx.AsyncClient(transport=transport, base_url="http://fugu", timeout=None, headers=keyed) as http:
-            paths = [(number, rng.choice(PATHS), rng.random() < 0.6) for number in range(REQUESTS)]
-            await asyncio.gather(*(one(http, *each) for each in paths))
-        print(dict(seen), f"{sum(faults)} faults")
+            models = rng.choices(list(MODELS), list(MODELS.values()), k=REQUESTS)
+            asks = [(number, rng.choice(PATHS), rng.random() < 0.6, model) for number, model in enumerate(models)]
+            await asyncio.gather(*(one(http, *each) for each in asks))
+        print(dict(seen), dict(whole), f"{sum(faults)} faults in {len(faults)} calls")
         assert sum(seen.values()) == REQUESTS
         assert seen["whole"] > REQUESTS / 4, seen
         assert len(seen) > 2, seen
-        assert sum(faults) > REQUESTS
+        assert sum(faults) >= FAULTS
+        assert all(whole[model] > models.count(model) / 4 for model in MODELS), whole
         _check_account(tmp_path / "keys.sqlite", key)
         for worker in workers:
             limiter = worker.runtime.limiter
