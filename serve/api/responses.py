@@ -15,7 +15,7 @@ from serve.api.conversations import Conversations, Record
 from serve.api.job import Done
 from serve.api.responses_output import EventWriter, Output, error_body, usage_body
 from serve.auth import Caller
-from serve.blocks import Blocks, Step, blocks_of
+from serve.blocks import Block, Blocks, Step, blocks_of
 from serve.schema import parse_body
 from serve.schema_responses import ResponsesBody
 from serve.translate import dumps
@@ -74,6 +74,7 @@ class ResponsesExchange:
         self._created = int(time.time())
         self._writer = EventWriter()
         self._blocks = Blocks()
+        self._last: bytes | None = None
         self.id = f"resp_{self._secret}"
         self.model = body.model
         self.stream = bool(body.stream)
@@ -93,7 +94,7 @@ class ResponsesExchange:
 
     async def keep(self, done: Done) -> None:
         if self._keeps:
-            items = self._output.kept(blocks_of(done.reply))
+            items = self._output.kept(self._blocks_of(done))
             await self._conversations.keep(self._record(self._finished(done), items), self.caller)
 
     async def keep_as(self, status: str, error: FuguError | None = None) -> bytes:
@@ -112,7 +113,7 @@ class ResponsesExchange:
         return self._told(self._blocks.take(chunk))
 
     def end(self, done: Done) -> bytes:
-        last = self._told(self._blocks.end())
+        last = self._closed()
         body = self._finished(done)
         if done.told is not None:
             body["fugu"] = done.told
@@ -140,10 +141,24 @@ class ResponsesExchange:
             events += self._output.step(self._writer, step)
         return b"".join(events)
 
+    def _closed(self) -> bytes:
+        """The last events of the items."""
+        if self._last is None:
+            self._last = self._told(self._blocks.end())
+        return self._last
+
+    def _blocks_of(self, done: Done) -> Sequence[Block]:
+        """What the answer consists of: of a stream what was streamed, which may be more than the reply (plan and steps
+        of a workflow), so that the items at its end are those that were told of."""
+        if not self.stream:
+            return blocks_of(done.reply)
+        self._closed()
+        return self._blocks.done
+
     def _finished(self, done: Done) -> dict[str, Any]:
         # A refusal in words is a whole answer.
         reason = None if done.reply.refusal else _INCOMPLETE.get(done.reply.finish_reason)
-        output = self._output.shown(blocks_of(done.reply))
+        output = self._output.shown(self._blocks_of(done))
         body = self._response(
             "completed" if reason is None else "incomplete", output, usage_body(done.visible, done.total)
         )

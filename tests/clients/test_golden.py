@@ -33,6 +33,8 @@ SCENARIOS = {
     "filtered": Behaviour(text=SAID, finish="content_filter"),
     "broken": Behaviour(text=SAID, error_after=5, chunk_delay=0.1),
 }
+# What one dialect alone has.
+ALONE: dict[str, set[str]] = {"responses": {"freeform"}}
 LOOK = {"type": "object", "properties": {"at": {"type": "string"}, "how": {"type": "string"}}}
 PATHS = {"chat": "/v1/chat/completions", "responses": "/v1/responses", "messages": "/v1/messages"}
 
@@ -52,9 +54,9 @@ def asked(dialect: str) -> dict[str, Any]:
     return {"model": "fugu", "messages": turns, "max_tokens": 4000, "tools": [tool], "thinking": thinking}
 
 
-def told(server: ClientServer, dialect: str, worker: str) -> list[dict[str, Any] | str]:
+def told(server: ClientServer, dialect: str, worker: str, **fields: Any) -> list[dict[str, Any] | str]:
     """The events as they come over the wire."""
-    body = {**asked(dialect), "stream": True, "fugu": {"allow": [worker]}}
+    body = {**asked(dialect), **fields, "stream": True, "fugu": {"allow": [worker]}}
     answer = httpx.post(server.url + PATHS[dialect], json=body, headers={"authorization": f"Bearer {KEY}"}, timeout=30)
     assert answer.status_code == 200, answer.text
     found: list[dict[str, Any] | str] = []
@@ -111,7 +113,7 @@ def _chat_labels(event: dict[str, Any]) -> Iterator[str]:
 
 def golden(dialect: str, scenario: str) -> list[str]:
     sequences: dict[str, list[str]] = yaml.safe_load((GOLDEN / f"{dialect}.yaml").read_text())
-    assert set(sequences) == set(SCENARIOS)
+    assert set(sequences) == set(SCENARIOS) | ALONE.get(dialect, set())
     return sequences[scenario]
 
 
@@ -140,6 +142,18 @@ def test_the_events_are_those_that_are_documented(
     if dialect == "responses":
         numbers = [event["sequence_number"] for event in events if isinstance(event, dict)]
         assert numbers == list(range(len(events)))
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+def test_the_events_of_a_freeform_tool(server: ClientServer, provider: LoopbackProvider, worker: str) -> None:
+    patch = "*** Begin Patch\n*** End Patch"
+    provider.enqueue(Behaviour(text="", tool_calls=(ToolCall("call_0", "apply_patch", json.dumps({"input": patch})),)))
+    tools = [{"type": "custom", "name": "apply_patch", "description": "Edit files."}]
+    events = told(server, "responses", worker, tools=tools)
+    found = [label for event in events for label in labels("responses", event)]
+    assert matches(found, golden("responses", "freeform")), found
+    last: Any = events[-1]
+    assert last["response"]["output"][0]["input"] == patch
 
 
 def test_a_sequence_that_differs_is_found() -> None:

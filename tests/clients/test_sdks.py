@@ -13,26 +13,31 @@ import pytest
 
 from tests.clients import coding
 from tests.clients.server import KEY, WORKERS, ClientServer
+from tests.clients.test_agents import check_turns, playing
 from tests.loopback import LoopbackProvider
 
 MOST_TURNS = 8
 
 
-def chat(server: ClientServer, folder: Path, worker: str, stream: bool) -> str:
+def first_choice(worker: str) -> Any:
+    """What the first request says of workers; inside the loop the choice holds by itself. `worker` is "" for any."""
+    return {"fugu": {"allow": [worker]}} if worker else {}
+
+
+def chat(server: ClientServer, folder: Path, worker: str, stream: bool, model: str = "fugu") -> str:
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=30)
     tools: Any = [
         {"type": "function", "function": {"name": name, "description": text, "parameters": coding.schema(name)}}
         for name, text in coding.DESCRIPTIONS.items()
     ]
     messages: list[Any] = [{"role": "user", "content": coding.QUESTION}]
-    # The choice is asked for at first only: inside the loop it holds by itself.
-    extra: Any = {"fugu": {"allow": [worker]}}
+    extra = first_choice(worker)
     for _ in range(MOST_TURNS):
         if stream:
-            with client.chat.completions.stream(model="fugu", messages=messages, tools=tools, extra_body=extra) as told:
+            with client.chat.completions.stream(model=model, messages=messages, tools=tools, extra_body=extra) as told:
                 message = told.get_final_completion().choices[0].message
         else:
-            answer = client.chat.completions.create(model="fugu", messages=messages, tools=tools, extra_body=extra)
+            answer = client.chat.completions.create(model=model, messages=messages, tools=tools, extra_body=extra)
             message = answer.choices[0].message  # type: ignore[assignment]
         extra = {}
         if not message.tool_calls:
@@ -47,15 +52,17 @@ def chat(server: ClientServer, folder: Path, worker: str, stream: bool) -> str:
     raise AssertionError("it never came to an end")
 
 
-def responses(server: ClientServer, folder: Path, worker: str, stream: bool, *, by_id: bool = True) -> str:
+def responses(
+    server: ClientServer, folder: Path, worker: str, stream: bool, model: str = "fugu", *, by_id: bool = True
+) -> str:
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=30)
     tools: Any = [
         {"type": "function", "name": name, "description": text, "parameters": coding.schema(name), "strict": True}
         for name, text in coding.DESCRIPTIONS.items()
     ]
     items: list[Any] = [{"role": "user", "content": coding.QUESTION}]
-    extra: Any = {"fugu": {"allow": [worker]}}
-    fields: Any = {"model": "fugu", "tools": tools, "reasoning": {"summary": "auto"}, "store": by_id}
+    extra = first_choice(worker)
+    fields: Any = {"model": model, "tools": tools, "reasoning": {"summary": "auto"}, "store": by_id}
     if not by_id:
         fields["include"] = ["reasoning.encrypted_content"]
     for _ in range(MOST_TURNS):
@@ -85,19 +92,19 @@ def responses(server: ClientServer, folder: Path, worker: str, stream: bool, *, 
     raise AssertionError("it never came to an end")
 
 
-def responses_stateless(server: ClientServer, folder: Path, worker: str, stream: bool) -> str:
-    return responses(server, folder, worker, stream, by_id=False)
+def responses_stateless(server: ClientServer, folder: Path, worker: str, stream: bool, model: str = "fugu") -> str:
+    return responses(server, folder, worker, stream, model, by_id=False)
 
 
-def messages(server: ClientServer, folder: Path, worker: str, stream: bool) -> str:
+def messages(server: ClientServer, folder: Path, worker: str, stream: bool, model: str = "fugu") -> str:
     client = anthropic.Anthropic(base_url=server.url, api_key=KEY, max_retries=0, timeout=30)
     tools: Any = [
         {"name": name, "description": text, "input_schema": coding.schema(name)}
         for name, text in coding.DESCRIPTIONS.items()
     ]
     turns: list[Any] = [{"role": "user", "content": coding.QUESTION}]
-    extra: Any = {"fugu": {"allow": [worker]}}
-    fields: Any = {"model": "fugu", "max_tokens": 4000, "tools": tools, "thinking": {"type": "adaptive"}}
+    extra = first_choice(worker)
+    fields: Any = {"model": model, "max_tokens": 4000, "tools": tools, "thinking": {"type": "adaptive"}}
     for _ in range(MOST_TURNS):
         if stream:
             with client.messages.stream(messages=turns, extra_body=extra, **fields) as told:
@@ -122,9 +129,30 @@ def _sent(block: Any) -> dict[str, Any]:
     return shown
 
 
+STREAMED = pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
+AGENTS = pytest.mark.parametrize(
+    "agent", [chat, responses, responses_stateless, messages], ids=lambda agent: agent.__name__
+)
+
+
+@STREAMED
+@AGENTS
+def test_a_workflow_mends_a_repository(
+    server: ClientServer, provider: LoopbackProvider, repository: Path, agent: Any, stream: bool
+) -> None:
+    """A step of it calls the tools, and gets their results; another step tells of it."""
+    provider.chooses = playing([behaviour.tool_calls for behaviour in coding.script()[:-1]])
+    assert agent(server, repository, "", stream, "fugu-ultra") == coding.ANSWER
+    assert coding.is_mended(repository)
+    check_turns(provider, "fugu-ultra")
+    plans = [request for request in provider.requests if "<question>" in json.dumps(request.body["messages"][-1])]
+    assert len(plans) == 1, "planned once, gone on with after every tool"
+    assert provider.requests[-1].dialect == "anthropic", "the last step is the other worker's"
+
+
 @pytest.mark.parametrize("worker", WORKERS)
-@pytest.mark.parametrize("stream", [False, True], ids=["plain", "streamed"])
-@pytest.mark.parametrize("agent", [chat, responses, responses_stateless, messages], ids=lambda agent: agent.__name__)
+@STREAMED
+@AGENTS
 def test_a_repository_is_mended(
     server: ClientServer, provider: LoopbackProvider, repository: Path, agent: Any, stream: bool, worker: str
 ) -> None:

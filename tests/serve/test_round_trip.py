@@ -290,8 +290,8 @@ TOOLS = [
 def test_responses_streams_and_replies(stream: tuple[ChatReply, list[Chunk]], summary: bool, sealed: bool) -> None:
     reply, chunks = stream
 
-    def exchange() -> ResponsesExchange:
-        body: dict[str, Any] = {"model": "fugu", "input": "?", "tools": TOOLS}
+    def exchange(stream: bool = True) -> ResponsesExchange:
+        body: dict[str, Any] = {"model": "fugu", "input": "?", "tools": TOOLS, "stream": stream}
         body |= {"reasoning": {"summary": "auto"}} if summary else {}
         body |= {"include": ["reasoning.encrypted_content"]} if sealed else {}
         return ResponsesExchange(parse_body(orjson.dumps(body), ResponsesBody), (), ANYONE, Conversations(None, 1))
@@ -318,7 +318,7 @@ def test_responses_streams_and_replies(stream: tuple[ChatReply, list[Chunk]], su
             deltas += event.get("delta", "")
     assert open is None
     assert items == final["output"]
-    plain = orjson.loads(exchange().whole(Done(reply, reply.usage, reply.usage, None)))
+    plain = orjson.loads(exchange(stream=False).whole(Done(reply, reply.usage, reply.usage, None)))
     strip = _without_ids
     assert [strip(item) for item in plain["output"]] == [strip(item) for item in items]
     assert final["usage"]["total_tokens"] == reply.usage.total_tokens
