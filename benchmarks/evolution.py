@@ -7,7 +7,7 @@ Everything is the real engine (Ray tasks, sessions with roles, the call store) b
 log-normal time that its request decides, and transcripts get features from their hash instead of a backbone.
 
 efficiency   `W` sessions at once; ideal is the wall time of the same sessions on `W` slots that are refilled at once
-             (median over orders), efficiency is ideal / measured. Every session asks for calls of its own: nothing is
+             (in the same order), efficiency is ideal / measured. Every session asks for calls of its own: nothing is
              saved here.
 overhead     share of a generation (32 candidates of 10,240 numbers, 16 tasks) that is not spent playing it.
 calls        to reach the same validation reward: tasks drawn for each candidate by itself and every call paid (the loop
@@ -110,15 +110,12 @@ def context(latency: float, states: Any, *, by_worker: bool = False) -> Context:
 
 
 def ideal(durations: Sequence[float], slots: int) -> float:
-    """Wall time of these sessions on slots that take the next one at once. Nobody knows beforehand how long a session
-    takes, and who comes last decides the end: the median over orders."""
-    rng, walls = np.random.default_rng(0), []
-    for _ in range(25):
-        free = [0.0] * slots
-        for seconds in rng.permutation(durations):
-            heapq.heapreplace(free, free[0] + float(seconds))
-        walls.append(max(free))
-    return statistics.median(walls)
+    """Wall time of these sessions, begun in this order, on slots that take the next one at once. The order matters: who
+    is long and begins late decides the end, and a shuffle of them can take a tenth more or less."""
+    free = [0.0] * slots
+    for seconds in durations:
+        heapq.heapreplace(free, free[0] + seconds)
+    return max(free)
 
 
 def efficiency(latency: float, states: Any, *, slots: int, sessions: int, lanes: int) -> dict[str, float]:

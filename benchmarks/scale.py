@@ -6,8 +6,8 @@ The nodes are raylets on this machine with CPUs that only Ray counts; workers sl
 less with --quick), and everything else is the real engine: a lane per node, sessions, results over Ray to the driver.
 All nodes share this machine's cores, so that the offered load must stay below what those can carry.
 
-efficiency    ideal / measured wall time; ideal is the same sessions on as many slots that are refilled at once (median
-              over orders). What is left is waiting that the engine causes.
+efficiency    ideal / measured wall time; ideal is the same sessions in the same order on as many slots that take the
+              next one at once. What is left is waiting that the engine causes.
 driver, nodes CPU seconds per rollout: of the driver's process, and of everything that runs on the nodes.
 rate          rollouts per second when workers take no time: what the engine carries on these cores.
 projection    for 1,000 nodes of 8 cores: the rate at which the driver has used up a core, and the sessions at once and
