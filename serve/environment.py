@@ -7,6 +7,7 @@ proxy. Each server gets a folder and ports of its own, so that two on one machin
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shlex
 import shutil
@@ -17,21 +18,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from actors.config import ServeConfig
-from actors.errors import ConfigError
+from actors.errors import ConfigError, RequestTimeoutError
 
 # Ray's own numbers, for nodes that have them to themselves.
 CLUSTER_PORTS = (8404, 9101, 8500, 9500)
 
-# Ray's HAProxy template opens its statistics and metrics on every interface, answers a replica's death with plain text,
-# and not at all where the connection to that replica had served another request before. This stands in for the binary:
-# it mends the configuration, then becomes HAProxy (same process id, same arguments, which Serve checks) and ends with
-# the process that started it.
+# This stands in for HAProxy's binary: it mends the configuration, then becomes HAProxy (same process id, same
+# arguments, which Serve checks) and ends with the process that started it.
 _WRAPPER = """#!/bin/sh
 for argument in "$@"; do
   case "$last" in -f)
-    sed -e 's/^\\( *\\)bind :/\\1bind 127.0.0.1:/' -e 's/^\\( *\\)bind \\*:{stats}$/\\1bind 127.0.0.1:{stats}/' \\
-      -e 's/^\\( *\\)http-reuse always$/\\1http-reuse never/' \\
-      "$argument" > "$argument.mended" && cat "$argument.mended" > "$argument"
+    sed -f '{mend}' "$argument" > "$argument.mended" && cat "$argument.mended" > "$argument"
     cat '{error}' > "$(dirname "$argument")/500.http" ;;
   esac
   last="$argument"
@@ -40,10 +37,26 @@ if command -v setpriv > /dev/null; then exec setpriv --pdeathsig TERM '{binary}'
 exec '{binary}' "$@"
 """
 
-_ERROR_BODY = (
-    '{"error":{"message":"the server could not answer; try again","type":"server_error",'
-    '"param":null,"code":"gateway_unavailable"}}'
-)
+# Ray's HAProxy template opens its statistics and metrics on every interface. And it keeps connections to replicas:
+# when one dies that had answered on its connection before, HAProxy closes the client's without a word, too. A request
+# can be asked of another replica if it was in HAProxy's buffer as a whole when it was passed on, which HAProxy does not
+# wait for by itself.
+_MEND = r"""s/^\( *\)bind :/\1bind 127.0.0.1:/
+s/^\( *\)bind \*:{stats}$/\1bind 127.0.0.1:{stats}/
+s/^\( *\)http-reuse always$/\1option http-server-close/
+/^ *acl routes path /a\
+    errorfile 408 {slow}\
+    http-request wait-for-body time {seconds:g}s if METH_POST {{ req.hdr_val(content-length) le {whole} }}\
+    http-request wait-for-body time {seconds:g}s if METH_POST {{ req.hdr(transfer-encoding) -m found }}
+"""
+READ_SECONDS = 60.0
+"""How long a request's body may take to arrive, at the proxy or a gateway."""
+_BUFFER = 65_536
+# What a buffer has room for beside the request's head.
+_WHOLE = 60_000
+
+_GONE = '{"error":{"message":"the server could not answer; try again","type":"server_error",'
+_GONE += '"param":null,"code":"gateway_unavailable"}}'
 
 
 def prepare(config: ServeConfig, folder: Path) -> bool:
@@ -84,11 +97,12 @@ def settings(config: ServeConfig, folder: Path, ports: Sequence[int]) -> dict[st
     if binary is None:
         return made | {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
     stats, metrics, fallback, grpc = ports
-    wrapper, error = folder / "haproxy", folder / "error.http"
-    head = ("HTTP/1.1 503 Service Unavailable", "Content-Type: application/json", "Retry-After: 1")
-    lines = (*head, f"Content-Length: {len(_ERROR_BODY)}", "", _ERROR_BODY)
-    _replace(error, "\r\n".join(lines), 0o644)
-    _replace(wrapper, _WRAPPER.format(stats=stats, error=error, binary=binary), 0o755)
+    wrapper, mend, error, slow = (folder / name for name in ("haproxy", "mend.sed", "error.http", "slow.http"))
+    late = RequestTimeoutError(f"the body did not arrive within {READ_SECONDS:g} s")
+    _replace(error, _answer("503 Service Unavailable", _GONE, "Retry-After: 1"), 0o644)
+    _replace(slow, _answer("408 Request Timeout", json.dumps(late.envelope())), 0o644)
+    _replace(mend, _MEND.format(stats=stats, slow=slow, seconds=READ_SECONDS, whole=_WHOLE), 0o644)
+    _replace(wrapper, _WRAPPER.format(mend=mend, error=error, binary=binary), 0o755)
     # The gateway bounds every request and sends keep-alives; the proxy must not be the first to give up.
     longest = str(int(config.request_timeout) + 60)
     return made | {
@@ -110,12 +124,17 @@ def settings(config: ServeConfig, folder: Path, ports: Sequence[int]) -> dict[st
         # How long the HAProxy of before a change of replicas may finish what it serves: a stream must outlast it. A
         # replica that stops keeps its port from being given again for as long; Ray has 1,000 of them per node.
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": longest,
-        # A gateway that died before it said anything: another one is asked, as the pool asks an actor that died. Holds
-        # for requests that fit HAProxy's buffer.
+        # A gateway that died before it said anything: another one is asked, as the pool asks an actor that died.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(_BUFFER),
         "RAY_SERVE_HAPROXY_MAXCONN": str(max(4096, 2 * config.max_ongoing_requests)),
     }
+
+
+def _answer(status: str, body: str, *headers: str) -> str:
+    """An answer of HAProxy's own, as JSON."""
+    lines = (f"HTTP/1.1 {status}", "Content-Type: application/json", *headers, f"Content-Length: {len(body)}", "", body)
+    return "\r\n".join(lines)
 
 
 def _replace(file: Path, content: str, mode: int) -> None:

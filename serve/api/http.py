@@ -12,10 +12,10 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from actors.errors import BudgetSpentError, FuguError, PayloadTooLargeError, RequestError, RequestTimeoutError
+from serve.environment import READ_SECONDS
 from serve.translate import dumps
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
-READ_SECONDS = 60.0
 
 
 def headers_of(scope: Scope) -> dict[bytes, bytes]:
