@@ -208,7 +208,8 @@ class RouterConfig(Strict):
     `stay_margin` is by how much (in probability) another worker must be better than the one of the turn before to take
     over a conversation within `stay_seconds`, the life of a provider's prompt cache; 0 always takes the best.
     `pins` are checkpoints that stay: `20261123: old.safetensors` serves `fugu-20261123` (and, if it has roles,
-    `fugu-trinity-20261123`) beside the rolling names, for who wants to freeze behaviour. Each is a backbone more in the
+    `fugu-trinity-20261123`; `fugu-ultra-20261123` where the conductor is pinned, too, or has no adapter) beside the
+    rolling names, for who wants to freeze behaviour. Each is a backbone more in the
     router's memory. `pin_sha256` says what the file of a pin must contain, by its SHA-256 in hexadecimal digits.
     """
 
@@ -233,6 +234,11 @@ CONDUCTOR = "conductor"
 """What a plan calls the Conductor itself, and the name that its own model is called by; no worker can have it."""
 
 
+def writer_of(pin: str | None) -> str:
+    """The name that the conductor's own model is called by, with the adapter of a pin or the rolling one (None)."""
+    return CONDUCTOR if pin is None else f"{CONDUCTOR}-{pin}"
+
+
 class ConductorConfig(Strict):
     """Who writes the workflows of `fugu-ultra`: a `worker` of the pool as it is, or a `model` of its own (a folder, the
     embedded model's name or a hub id) with an `adapter`, in process. A model that a worker uses too, with the same
@@ -248,12 +254,15 @@ class ConductorConfig(Strict):
     when they fail too: the workflow goes on without (`skip`), or the request fails. `deadline` (seconds), `budget_usd`,
     `budget_tokens` and `max_calls` bound a request, which then ends with the best answer so far. `memory_ttl` is how
     long a workflow that waits for the caller's tools is kept, `memory` the file that it is kept in.
+    `pins` are adapters that stay: `20261123: adapters/old` serves `fugu-ultra-20261123` beside the rolling name, with
+    the router's pin of that date. What an adapter was trained with (`style`, `show_names`, `steps`) is read beside it.
     """
 
     worker: Name | None = None
     provider: Literal["local", "vllm"] = "local"
     model: str | None = Field(default=None, min_length=1)
     adapter: Path | None = None
+    pins: dict[Pin, Path] = {}
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     max_batch: PositiveInt = 16
@@ -283,20 +292,29 @@ class ConductorConfig(Strict):
     def _one_engine(self) -> ConductorConfig:
         if (self.worker is None) == (self.model is None):
             raise ValueError("needs either `worker`, one of the pool, or `model`, one of its own")
-        own = {"provider", "adapter", "device", "gpus", "max_batch", "context", "timeout"} & self.model_fields_set
+        own = {"provider", "adapter", "pins", "device", "gpus", "max_batch", "context", "timeout"}
+        own &= self.model_fields_set
         if self.worker is not None and own:
             raise ValueError(f"{', '.join(sorted(own))}: of a `model`, and the conductor is the worker {self.worker}")
         return self
 
+    def specs(self) -> tuple[WorkerSpec, ...]:
+        """Its own model as workers, which provider actors host like any other: with its adapter, and with each that is
+        pinned. None where it is a worker of the pool."""
+        own = self.spec()
+        return () if own is None else (own, *(self._spec(writer_of(pin), file) for pin, file in self.pins.items()))
+
     def spec(self) -> WorkerSpec | None:
-        """Its own model as a worker, which provider actors host like any other; None: it is one of the pool."""
-        if self.model is None:
-            return None
+        """Its own model with its adapter; None: it is one of the pool."""
+        return None if self.model is None else self._spec(CONDUCTOR, self.adapter)
+
+    def _spec(self, name: str, adapter: Path | None) -> WorkerSpec:
+        assert self.model is not None
         return WorkerSpec(
-            name=CONDUCTOR,
+            name=name,
             provider=self.provider,
             model=self.model,
-            adapter=self.adapter,
+            adapter=adapter,
             device=self.device,
             gpus=self.gpus,
             max_batch=self.max_batch,
@@ -377,8 +395,12 @@ class FuguConfig(Strict):
         names = [worker.name for worker in self.workers]
         if self.conductor is None:
             return self
-        if CONDUCTOR in names:
-            raise ValueError(f"no worker can be called {CONDUCTOR}: that is what a plan calls its writer")
+        taken = {writer_of(pin) for pin in (None, *self.conductor.pins)}
+        for name in taken.intersection(names):
+            raise ValueError(f"no worker can be called {name}: that is what a plan calls its writer")
+        for pin in self.conductor.pins:
+            if self.router.checkpoint is not None and pin not in self.router.pins:
+                raise ValueError(f"conductor.pins.{pin}: give router.pins that date, too, or what decides would move")
         if self.conductor.worker is not None and self.conductor.worker not in names:
             raise ValueError(f"conductor.worker: there is no worker {self.conductor.worker}")
         if self.conductor.assign == "router" and self.router.checkpoint is None:
@@ -447,6 +469,9 @@ def parse_config(raw: Any, base: Path, where: str, environ: Mapping[str, str] | 
             _resolve_paths(pins, tuple(pins), base)
     if isinstance(raw.get("conductor"), dict):
         _resolve_paths(raw["conductor"], ("adapter", "memory"), base)
+        raw["conductor"] |= named_pins(raw["conductor"])
+        if isinstance(pins := raw["conductor"].get("pins"), dict):
+            _resolve_paths(pins, tuple(pins), base)
     try:
         config = FuguConfig.model_validate({**raw, "disabled": disabled})
     except ValidationError as error:
@@ -487,9 +512,10 @@ def _expand(value: Any, environ: Mapping[str, str], where: str) -> Any:
     return _VARIABLE.sub(lookup, value)
 
 
-def named_pins(router: Mapping[str, Any]) -> dict[str, Any]:
-    """What the router's part of a file says of pins, with their names as text: a bare date is a number to YAML."""
-    told = {name: router[name] for name in ("pins", "pin_sha256") if isinstance(router.get(name), dict)}
+def named_pins(part: Mapping[str, Any]) -> dict[str, Any]:
+    """What a part of a file, the router's or the conductor's, says of pins, with their names as text: a bare date is a
+    number to YAML."""
+    told = {name: part[name] for name in ("pins", "pin_sha256") if isinstance(part.get(name), dict)}
     return {name: {str(pin): value for pin, value in values.items()} for name, values in told.items()}
 
 

@@ -69,11 +69,11 @@ class WorkerPool:
         first starts an actor, the others find it. Returns before the actors are ready; see `ready`.
 
         `limits` shortens the limiters' windows for tests. `with_conductor` adds the conductor's own model, where it has
-        one, as one more worker under its name.
+        one, as one more worker under its name, and one for each pin of it.
         """
         limits = limits or LimitWindow()
-        conductor = config.conductor.spec() if with_conductor and config.conductor is not None else None
-        specs = config.active if conductor is None else (*config.active, conductor)
+        conductors = config.conductor.specs() if with_conductor and config.conductor is not None else ()
+        specs = (*config.active, *conductors)
         shards: dict[str, list[Shard]] = {}
         for group in grouped(specs):
             where = provider_resources(group, config.placement)

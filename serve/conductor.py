@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
-from actors.config import CONDUCTOR, ConductorConfig, FuguConfig
+from actors.config import ConductorConfig, FuguConfig, writer_of
 from actors.errors import CheckpointError
 from actors.messages import Usage, Worker
 from orchestrator.budget import Budget, Price
@@ -16,6 +17,8 @@ from orchestrator.executor import ExecutorSettings
 from serve.prices import Prices
 
 Number = TypeVar("Number", int, float)
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,31 +87,59 @@ def why_no_conductor(config: FuguConfig) -> str | None:
         return "the configuration has no conductor"
     if conductor.worker in config.disabled:
         return f"its conductor, the worker {conductor.worker}, is disabled ({config.disabled[conductor.worker]})"
-    _checked_card(config, conductor)
+    for pin, folder in conductor.pins.items():
+        if not (folder / WEIGHTS).is_file():
+            raise CheckpointError(f"conductor.pins.{pin}: {folder} has no {WEIGHTS} that can be read from here")
+    for each in (None, *conductor.pins):
+        _checked_card(config, _pinned(conductor, each))
     return None
 
 
-def conducting(config: FuguConfig, workers: Mapping[str, Worker]) -> Conducting:
-    """The conductor of a configuration that has one. `workers` are those of the pool and, under its own name, the
-    conductor's model, where it has one.
+def pinned_conductors(config: FuguConfig, workers: Mapping[str, Worker]) -> dict[str, Conducting]:
+    """Who conducts `fugu-ultra-DATE`, for every date at which nothing that plans or decides can move: the conductor
+    has an adapter of that date, or none that could be exchanged, and the router's pin of that date decides.
+
+    Raises:
+        CheckpointError: as `conducting`.
+    """
+    conductor = config.conductor
+    if conductor is None:
+        return {}
+    dates = dict.fromkeys((*conductor.pins, *(config.router.pins if conductor.adapter is None else ())))
+    return {pin: conducting(config, workers, pin if pin in conductor.pins else None) for pin in dates}
+
+
+def conducting(config: FuguConfig, workers: Mapping[str, Worker], pin: str | None = None) -> Conducting:
+    """The conductor of a configuration that has one, or one that it pins. `workers` are those of the pool and, under
+    names of their own (`actors.config.writer_of`), the conductor's model and its pins, where it has one.
 
     Raises:
         CheckpointError: the conductor's adapter does not fit the configuration.
     """
-    conductor = config.conductor
-    assert conductor is not None
+    assert config.conductor is not None
+    conductor = _pinned(config.conductor, pin)
     names = numbering(_checked_card(config, conductor), [spec.name for spec in config.workers])
     specs = {spec.name: spec for spec in config.active}
     own = conductor.spec()
     writes = own or specs[conductor.worker or ""]
     return Conducting(
         conductor,
-        workers[conductor.worker or CONDUCTOR],
+        workers[conductor.worker or writer_of(pin)],
         names,
         {name: ", ".join(spec.tags) for name, spec in specs.items()},
         _price(Prices(config)),
         structured=writes.provider == "vllm",
     )
+
+
+def _pinned(conductor: ConductorConfig, pin: str | None) -> ConductorConfig:
+    """The conductor with the adapter of a pin, and told as that was trained."""
+    if pin is None:
+        return conductor
+    adapter, pins = conductor.pins[pin], dict[str, Path]()
+    card = read_card(adapter)
+    trained = {} if card is None else {"style": card.style, "show_names": card.show_names, "steps": card.steps}
+    return conductor.model_copy(update={"adapter": adapter, "pins": pins, **trained})
 
 
 def _checked_card(config: FuguConfig, conductor: ConductorConfig) -> ConductorCard | None:

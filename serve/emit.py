@@ -49,6 +49,8 @@ def serve_config(
     check_pins(config.router, files[0] or checkpoint)
     # Pins stay in the configuration: a pin never changes, and gateways must know which there are.
     router |= named_pins(router)
+    if isinstance(conductor := raw.get("conductor"), dict):
+        conductor |= named_pins(conductor)
     raw["serve"] = {key: value for key, value in (raw.get("serve") or {}).items() if key not in ("host", "port")}
     base = path.parent.resolve()
     base = base.relative_to(CODE) if base.is_relative_to(CODE) else base

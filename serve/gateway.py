@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
@@ -40,7 +41,7 @@ from serve.api.ultra import ULTRA, UltraEngine
 from serve.api.wishes import WishReader
 from serve.auth import Keys
 from serve.checkpoint import digest, why_no_roles
-from serve.conductor import Conducting, conducting, why_no_conductor
+from serve.conductor import WEIGHTS, Conducting, conducting, pinned_conductors, why_no_conductor
 from serve.keys import KeyBook
 from serve.memory import ActorStore
 from serve.metrics import Meter, NoMeter, RayMeter
@@ -74,7 +75,7 @@ DAY = 86400.0
 class Gateway:
     """The ASGI application. At most `serve.max_ongoing_requests` answers are made at once; more are told to come again.
     `no_roles` says why `fugu-trinity` is not served; None: it is. `ultra` is who conducts `fugu-ultra`, and where its
-    paused workflows are kept; or why it is not served."""
+    paused workflows are kept; or why it is not served; `ultra_pins` who conducts it for each date."""
 
     def __init__(
         self,
@@ -85,6 +86,7 @@ class Gateway:
         *,
         no_roles: str | None = "no router with roles is deployed",
         ultra: tuple[Conducting, Store] | str = "the configuration has no conductor",
+        ultra_pins: Mapping[str, Conducting] | None = None,
         meter: Meter | None = None,
         telemetry: Telemetry | None = None,
     ) -> None:
@@ -100,6 +102,11 @@ class Gateway:
             engines[ULTRA] = UltraEngine(deciding, *ultra)
         pinned, digests = _pinned(config.router, deciding)
         engines |= pinned
+        if not isinstance(ultra, str):
+            for pin, conductor in (ultra_pins or {}).items():
+                decides = deciding.pinned(pin) if pin in config.router.pins else deciding
+                engines[f"{ULTRA}-{pin}"] = UltraEngine(decides, conductor, ultra[1])
+                digests |= _digest_of(conductor, config.router.pins.get(pin), f"{ULTRA}-{pin}")
         served = Served(tuple(engines), absent, digests)
         keys = Keys(config.serve, KeyBook(longest=config.serve.request_timeout))
         wishes = WishReader(config, self.prices)
@@ -164,9 +171,11 @@ class GatewayReplica:
         workers = [self._pool.workers[spec.name] for spec in self._config.active]
         readiness = Readiness({"workers": self._workers, "router": self._router})
         ultra: tuple[Conducting, Store] | str = self._no_conductor or ""
+        pins: Mapping[str, Conducting] = {}
         if self._config.conductor is not None and self._no_conductor is None:
             store = ActorStore(self._config.conductor.memory)
             ultra = conducting(self._config, self._pool.workers), store
+            pins = pinned_conductors(self._config, self._pool.workers)
         gateway = Gateway(
             self._config,
             workers,
@@ -174,6 +183,7 @@ class GatewayReplica:
             readiness,
             no_roles=self._no_roles,
             ultra=ultra,
+            ultra_pins=pins,
             meter=RayMeter(),
             telemetry=self._telemetry,
         )
@@ -218,6 +228,15 @@ def _pinned(router: RouterConfig, deciding: Deciding) -> tuple[dict[str, Engine]
         if (found := digest(checkpoint)) is not None:
             digests |= dict.fromkeys(made, found)
     return engines, digests
+
+
+def _digest_of(conductor: Conducting, checkpoint: Path | None, model: str) -> dict[str, str]:
+    """The SHA-256 of what makes a pinned `fugu-ultra` that of its date: its adapter's weights; without an adapter the
+    router's checkpoint."""
+    adapter = conductor.config.adapter
+    file = checkpoint if adapter is None else adapter / WEIGHTS
+    found = None if file is None else digest(file)
+    return {} if found is None else {model: found}
 
 
 def _rest(

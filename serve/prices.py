@@ -14,8 +14,8 @@ class Prices:
     read, where a worker needs it: `load` reads it."""
 
     def __init__(self, config: FuguConfig) -> None:
-        own = config.conductor.spec() if config.conductor is not None else None
-        self._specs = config.active if own is None else (*config.active, own)
+        own = config.conductor.specs() if config.conductor is not None else ()
+        self._specs = (*config.active, *own)
 
     def load(self) -> None:
         """Ready for `usd`; may be called in a thread of its own."""
