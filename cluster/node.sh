@@ -1,7 +1,8 @@
 #!/bin/sh
 # What a node does: `setup` (once), `ray start --head …` or `ray start --address=…` (start Ray, in place of one that
-# runs), `stop` (end it), `run COMMAND…` (in the cluster's environment), `job ARGUMENTS…` (fugu with these, on this
-# Ray), `env` (that environment, for a shell). Ray's launcher calls it.
+# runs, unless that is what would be started: serve/node.py), `stop` (end it), `run COMMAND…` (in the cluster's
+# environment), `job ARGUMENTS…` (fugu with these, on this Ray), `env` (that environment, for a shell). Ray's launcher
+# calls it.
 set -eu
 
 code=$(cd "$(dirname "$0")/.." && pwd)
@@ -53,9 +54,14 @@ start() {
         ;;
     esac
     [ -z "${FUGU_RESOURCES:-}" ] || set -- "$@" --resources="$FUGU_RESOURCES"
+    if python -m serve.node unchanged "$@"; then
+        echo "Ray runs here as it would be started now; it goes on."
+        return
+    fi
     stop
     ulimit -n 65536 2> /dev/null || ulimit -n "$(ulimit -Hn)"
-    exec ray "$@" --disable-usage-stats
+    ray "$@" --disable-usage-stats
+    python -m serve.node note "$@"
 }
 
 case $action in
