@@ -67,11 +67,13 @@ class Limits(Strict):
 
 
 class Price(Strict):
-    """USD per million tokens. `cached_input` defaults to `input`."""
+    """USD per million tokens. `cached_input` is for what is read from the provider's prompt cache, `cache_write` for
+    what is written to it; both default to `input`."""
 
     input: Usd
     output: Usd
     cached_input: Usd | None = None
+    cache_write: Usd | None = None
 
 
 class Timeout(Strict):

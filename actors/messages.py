@@ -158,13 +158,15 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one call or a sum of calls. `cached_input_tokens` is part of `input_tokens`, `reasoning_tokens` part
+    """Tokens of one call or a sum of calls. `cached_input_tokens`, read from a provider's prompt cache, and
+    `cache_written_tokens`, written to it at a price of their own, are parts of `input_tokens`, `reasoning_tokens` one
     of `output_tokens`."""
 
     input_tokens: int = 0
     output_tokens: int = 0
     cached_input_tokens: int = 0
     reasoning_tokens: int = 0
+    cache_written_tokens: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -172,6 +174,7 @@ class Usage:
             self.output_tokens + other.output_tokens,
             self.cached_input_tokens + other.cached_input_tokens,
             self.reasoning_tokens + other.reasoning_tokens,
+            self.cache_written_tokens + other.cache_written_tokens,
         )
 
     @property

@@ -33,10 +33,12 @@ def has_price(spec: WorkerSpec) -> bool:
 
 
 def price_of(usage: Usage, price: Price) -> float:
-    """USD. Cached input is a part of the input, reasoning of the output."""
+    """USD. What is read from a cache or written to it is a part of the input, reasoning of the output."""
     cached = price.input if price.cached_input is None else price.cached_input
-    fresh = usage.input_tokens - usage.cached_input_tokens
-    return (fresh * price.input + usage.cached_input_tokens * cached + usage.output_tokens * price.output) / 1e6
+    write = price.input if price.cache_write is None else price.cache_write
+    fresh = usage.input_tokens - usage.cached_input_tokens - usage.cache_written_tokens
+    read = fresh * price.input + usage.cached_input_tokens * cached + usage.cache_written_tokens * write
+    return (read + usage.output_tokens * price.output) / 1e6
 
 
 def _listed(spec: WorkerSpec) -> Pricing:
@@ -47,6 +49,7 @@ def _listed(spec: WorkerSpec) -> Pricing:
         tokens = genai_prices.Usage(
             input_tokens=usage.input_tokens,
             cache_read_tokens=usage.cached_input_tokens,
+            cache_write_tokens=usage.cache_written_tokens,
             output_tokens=usage.output_tokens,
         )
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from actors.errors import FuguError
 from actors.messages import ChatReply, Usage
@@ -77,7 +77,7 @@ class Conducted:
         object)."""
         first = next((reply.usage for reply in self.replies if reply.usage.input_tokens), Usage())
         last = self.answer.usage if self.answer is not None else Usage()
-        return Usage(first.input_tokens, last.output_tokens, first.cached_input_tokens, last.reasoning_tokens)
+        return replace(first, output_tokens=last.output_tokens, reasoning_tokens=last.reasoning_tokens)
 
     @property
     def cost_usd(self) -> float | None:

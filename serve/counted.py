@@ -117,4 +117,5 @@ class _Received:
             max(written, self.told.output_tokens),
             self.told.cached_input_tokens,
             self.told.reasoning_tokens,
+            self.told.cache_written_tokens,
         )

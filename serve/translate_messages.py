@@ -256,10 +256,11 @@ def _cache_marks(body: CountBody) -> list[dict[str, Any]]:
 
 
 def usage_body(visible: Usage, total: Usage) -> dict[str, Any]:
-    """Anthropic counts what was read from a cache beside the input. Orchestration tokens come on top."""
+    """Anthropic counts what was read from a cache, or written to it, beside the input. Orchestration tokens come on
+    top."""
     usage: dict[str, Any] = {
-        "input_tokens": visible.input_tokens - visible.cached_input_tokens,
-        "cache_creation_input_tokens": 0,
+        "input_tokens": visible.input_tokens - visible.cached_input_tokens - visible.cache_written_tokens,
+        "cache_creation_input_tokens": visible.cache_written_tokens,
         "cache_read_input_tokens": visible.cached_input_tokens,
         "output_tokens": visible.output_tokens,
         "output_tokens_details": {"thinking_tokens": visible.reasoning_tokens},

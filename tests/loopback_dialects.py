@@ -276,8 +276,8 @@ _ANTHROPIC_STOP = {
 
 def anthropic_usage(usage: Usage) -> dict[str, Any]:
     return {
-        "input_tokens": usage.input_tokens - usage.cached_input_tokens,
-        "cache_creation_input_tokens": 0,
+        "input_tokens": usage.input_tokens - usage.cached_input_tokens - usage.cache_written_tokens,
+        "cache_creation_input_tokens": usage.cache_written_tokens,
         "cache_read_input_tokens": usage.cached_input_tokens,
         "output_tokens": usage.output_tokens,
         "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens},

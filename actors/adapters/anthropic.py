@@ -408,5 +408,6 @@ class _Reader:
             input_tokens=count(self._usage.get("input_tokens")) + cached + written,
             output_tokens=count(self._usage.get("output_tokens")),
             cached_input_tokens=cached,
+            cache_written_tokens=written,
             reasoning_tokens=count(details.get("thinking_tokens")),
         )

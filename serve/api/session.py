@@ -139,7 +139,7 @@ class Playing:
         turns = self.session.turns
         first = turns[0].reply.usage if turns else Usage()
         last = self.session.response.usage if self.session.response else Usage()
-        return Usage(first.input_tokens, last.output_tokens, first.cached_input_tokens, last.reasoning_tokens)
+        return replace(first, output_tokens=last.output_tokens, reasoning_tokens=last.reasoning_tokens)
 
     def turns_text(self) -> str:
         """What `stream` shows of the turns, at once."""

@@ -289,7 +289,7 @@ async def test_tokens_written_to_the_cache_are_input(provider: LoopbackProvider,
     )
     reply = await adapter.complete(SIMPLE, CallContext())
     assert reply.text == "hi"
-    assert reply.usage == Usage(input_tokens=123, output_tokens=9, cached_input_tokens=100)
+    assert reply.usage == Usage(input_tokens=123, output_tokens=9, cached_input_tokens=100, cache_written_tokens=20)
 
 
 async def test_error_types_inside_a_stream(provider: LoopbackProvider, adapter: Adapter) -> None:

@@ -28,6 +28,18 @@ def test_the_list_where_the_configuration_says_nothing() -> None:
     assert cost == pytest.approx((600 * 1.25 + 400 * 0.125 + 100 * 10) / 1e6)
 
 
+def test_what_is_written_to_a_cache_has_a_price_of_its_own() -> None:
+    usage = Usage(1000, 100, 400, cache_written_tokens=500)
+    claude = {"provider": "anthropic", "model": "claude-opus-4-5"}
+    # 5 in, 0.5 read from the cache, 6.25 written to it, 25 out, per million, as its maker published it.
+    listed = (100 * 5 + 400 * 0.5 + 500 * 6.25 + 100 * 25) / 1e6
+    assert pricing(spec(**claude))(usage) == pytest.approx(listed)
+    price = {"input": 5.0, "output": 25.0, "cached_input": 0.5, "cache_write": 6.25}
+    assert pricing(spec(**claude, price=price))(usage) == pytest.approx(listed)
+    del price["cache_write"]
+    assert pricing(spec(**claude, price=price))(usage) == pytest.approx(listed - 500 * 1.25 / 1e6)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -48,6 +48,12 @@ async def test_a_plain_message_is_what_the_sdk_calls_one() -> None:
     assert request.extra == {"top_k": 7, "user": "u1"}
 
 
+async def test_what_a_prompt_cache_took_and_gave_is_told() -> None:
+    worker = Says("a", Chunk("x"), usage=Usage(50, 4, 20, cache_written_tokens=10))
+    usage = (await client_of(worker).messages.create(**hello())).usage
+    assert (usage.input_tokens, usage.cache_read_input_tokens, usage.cache_creation_input_tokens) == (20, 20, 10)
+
+
 async def test_the_events_of_thinking_text_and_tools() -> None:
     thought = Thought("hm", "sig", origin=worker_tag("a"))
     worker = Says(
