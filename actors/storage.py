@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from actors.errors import ConfigError
 from actors.model_files import cache_dir
@@ -23,7 +27,7 @@ def local_copy(address: str, base: Path = Path()) -> Path:
     from pyarrow import ArrowException, fs
 
     try:
-        system, path = fs.FileSystem.from_uri(address)
+        system, path = _system(address)
         info = system.get_file_info(path)
         if info.type != fs.FileType.File:
             raise ConfigError(f"there is no file {address}")
@@ -41,3 +45,58 @@ def local_copy(address: str, base: Path = Path()) -> Path:
     except (ArrowException, OSError) as error:
         raise ConfigError(f"cannot fetch {address}: {type(error).__name__}") from None
     return copy
+
+
+def local_folder(address: str, names: Sequence[str]) -> Path:
+    """A folder with the files called `names` of the one at `address`: a path as it is, anything else as copies.
+
+    Raises:
+        ConfigError: as `local_copy`.
+    """
+    if "://" not in address:
+        return Path(address).expanduser()
+    copies = [local_copy(f"{address.rstrip('/')}/{name}") for name in names]
+    version = hashlib.sha256("\0".join(copy.stem for copy in copies).encode()).hexdigest()[:16]
+    folder = cache_dir() / "fetched" / version
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, copy in zip(names, copies, strict=True):
+        if not (folder / name).exists():
+            os.link(copy, folder / name)
+    return folder
+
+
+@contextmanager
+def written(address: str) -> Iterator[Path]:
+    """The path to write the file at, which is to be at `address`: itself, or for anything else than a path one in the
+    cache, always the same for this address. That is sent there when the context ends, if it does so without an error.
+
+    Raises:
+        ConfigError: nothing can be written there, which is found out first; or the file could not be sent: it is kept,
+            and the error says where.
+    """
+    if "://" not in address:
+        yield Path(address).expanduser()
+        return
+    from pyarrow import ArrowException
+
+    try:
+        system, path = _system(address)
+        # On an object store this asks for the bucket, and that one may write to it.
+        system.create_dir(path.rpartition("/")[0], recursive=True)
+    except (ArrowException, OSError) as error:
+        raise ConfigError(f"cannot write to {address}: {type(error).__name__}") from None
+    here = cache_dir() / "written" / hashlib.sha256(address.encode()).hexdigest()[:16] / path.rpartition("/")[2]
+    here.parent.mkdir(parents=True, exist_ok=True)
+    yield here
+    try:
+        with here.open("rb") as file, system.open_output_stream(path) as out:
+            shutil.copyfileobj(file, out)
+    except (ArrowException, OSError) as error:
+        raise ConfigError(f"cannot write to {address}: {type(error).__name__}; the file is {here}") from None
+
+
+def _system(address: str) -> tuple[Any, str]:
+    from pyarrow import fs
+
+    found: tuple[Any, str] = fs.FileSystem.from_uri(address)
+    return found

@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from actors.errors import ConfigError
+from actors.storage import local_copy, local_folder
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "configs" / "embedded.yaml"
 
 Device = Literal["auto", "cpu", "cuda"]
 PromptFormat = Literal["chat", "raw"]
 
+
+def recorded(given: str) -> Path:
+    """A folder of outcomes: a path, or an address such as s3://, whose files are fetched."""
+    return _fetched(lambda: local_folder(given, ("tasks.parquet", "outcomes.parquet")))
+
+
+def fetched(given: str) -> Path:
+    """A file: a path, or an address such as s3://, whose content is fetched."""
+    return _fetched(lambda: local_copy(given))
+
+
+def _fetched(fetch: Callable[[], Path]) -> Path:
+    try:
+        return fetch()
+    except ConfigError as error:
+        raise typer.BadParameter(error.message) from None
+
+
+# Training reads and writes where all machines of a cluster reach it.
+Recorded = Annotated[
+    Path,
+    typer.Option(
+        "--outcomes", parser=recorded, help="The folder of recorded outcomes; a path or s3://, gs://.", metavar="DIR"
+    ),
+]
+Out = Annotated[
+    str, typer.Option("--out", "-o", help="The checkpoint to write; a path or s3://, gs://.", metavar="FILE")
+]
 Outcomes = Annotated[Path, typer.Option("--outcomes", help="The folder of recorded outcomes.", metavar="DIR")]
 Workers = Annotated[str, typer.Option("--workers", help="Only these, in this order (commas between).", metavar="A,B,C")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the report as JSON, too.", metavar="FILE")]

@@ -9,18 +9,23 @@ import typer
 
 from actors.console import explained, out_console
 from actors.errors import ConfigError
+from actors.storage import written
 from training.cli_options import (
     Address,
     BudgetUsd,
     Device,
     Json,
     MaxTokens,
+    Out,
     Outcomes,
     PromptFormat,
     Quiet,
     Reads,
+    Recorded,
     Temperature,
     Workers,
+    fetched,
+    recorded,
 )
 from training.commands import check_json, names, reads, tell
 
@@ -33,8 +38,8 @@ train = typer.Typer(help="Train a router.", no_args_is_help=True, rich_markup_mo
     "--decay 0.3[/]"
 )
 def sft(
-    outcomes: Outcomes,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The checkpoint to write.", metavar="FILE")],
+    outcomes: Recorded,
+    out: Out,
     workers: Workers = "",
     split: Annotated[str, typer.Option(help="The tasks to learn from.")] = "train",
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -69,7 +74,7 @@ def sft(
     quiet: Quiet = False,
 ) -> None:
     """Train a head by gradient on recorded outcomes. Needs no server, no configuration and no Ray."""
-    with explained():
+    with explained(), written(out) as file:
         check_json(json)
         from training import train_sft as room
 
@@ -77,7 +82,7 @@ def sft(
         given |= {"gammas": tuple(gamma or ()), "reads": reads(read)}
         settings = room.SftRun(
             outcomes,
-            out,
+            file,
             workers=names(workers),
             split=split,
             seed=seed,
@@ -101,9 +106,14 @@ def sft(
     "--out trinity.safetensors --budget-usd 20[/]   ·   [bold]fugu train evolve … --resume[/]"
 )
 def evolve(
-    out: Annotated[Path, typer.Option("--out", "-o", help="The checkpoint to write.", metavar="FILE")],
+    out: Out,
     outcomes: Annotated[
-        Path | None, typer.Option(help="The folder of recorded outcomes, or of tasks to play live.", metavar="DIR")
+        Path | None,
+        typer.Option(
+            parser=recorded,
+            help="The folder of recorded outcomes, or of tasks to play live; a path or s3://, gs://.",
+            metavar="DIR",
+        ),
     ] = None,
     config: Annotated[
         Path | None,
@@ -113,7 +123,13 @@ def evolve(
         list[str] | None, typer.Option(help="Tasks to play live, as label takes them.", metavar="SOURCE")
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Start from this head, usually by sft.", show_default="zeros")
+        Path | None,
+        typer.Option(
+            parser=fetched,
+            help="Start from this head, usually by sft; a path or s3://, gs://.",
+            show_default="zeros",
+            metavar="FILE",
+        ),
     ] = None,
     workers: Workers = "",
     split: Annotated[str, typer.Option(help="The tasks to play.")] = "train",
@@ -195,7 +211,7 @@ def evolve(
     quiet: Quiet = False,
 ) -> None:
     """Evolve a head by sep-CMA-ES, with the end of a task as the only signal."""
-    with explained():
+    with explained(), written(out) as file:
         check_json(json)
         from training import evolve as room
         from training.evolution import Settings
@@ -204,7 +220,7 @@ def evolve(
         places = reads(read)
         reading: dict[str, Any] = {"reads": places} if places else {}
         settings = room.EvolveRun(
-            out,
+            file,
             outcomes,
             config=config,
             sources=tuple(tasks or ()),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
 import pytest
 
 from actors.errors import ConfigError
-from actors.storage import local_copy
+from actors.storage import local_copy, local_folder, written
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +40,42 @@ def test_an_address_is_copied_once_and_again_when_it_changes(tmp_path: Path) -> 
 def test_what_is_not_there(address: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(address)):
         local_copy(address)
+
+
+def test_a_folder_is_copied_with_the_files_that_are_asked_for(tmp_path: Path) -> None:
+    there = tmp_path / "outcomes"
+    there.mkdir()
+    (there / "a").write_text("one")
+    (there / "b").write_text("two")
+    assert local_folder(str(there), ("a", "b")) == there
+    first = local_folder(f"file://{there}", ("a", "b"))
+    assert {path.name: path.read_text() for path in first.iterdir()} == {"a": "one", "b": "two"}
+    (there / "b").write_text("other")
+    second = local_folder(f"file://{there}/", ("a", "b"))
+    assert second != first
+    assert ((second / "b").read_text(), (first / "b").read_text()) == ("other", "two")
+    with pytest.raises(ConfigError, match="there is no file"):
+        local_folder(f"file://{there}", ("a", "c"))
+
+
+def test_a_file_is_sent_when_it_is_whole(tmp_path: Path) -> None:
+    with written(str(tmp_path / "x")) as here:
+        assert here == tmp_path / "x"
+    address = f"file://{tmp_path}/new/folder/head.safetensors"
+    with contextlib.suppress(RuntimeError), written(address) as here:
+        here.write_text("half")
+        raise RuntimeError
+    there = tmp_path / "new" / "folder" / "head.safetensors"
+    assert not there.exists()
+    with written(address) as again:
+        # Where a run that is resumed finds what it kept beside it.
+        assert again == here
+        again.write_text("whole")
+    assert there.read_text() == "whole"
+
+
+def test_where_nothing_can_be_written_is_found_out_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    address = f"file://{tmp_path}/file/head.safetensors"
+    with pytest.raises(ConfigError, match=re.escape(f"cannot write to {address}")), written(address):
+        pytest.fail("the work has begun")

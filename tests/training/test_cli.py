@@ -66,14 +66,20 @@ def test_from_outcomes_to_a_gate(place: Path, tmp_path: Path) -> None:
     assert head.info.workers == ("maps", "sums", "words")
     assert json.loads((tmp_path / "made" / "sft.json").read_text())["settings"]["tau"] == 0.25
 
+    # By addresses, as on a cluster whose machines share a bucket; what a run keeps for --resume stays on its machine.
+    at = f"file://{tmp_path}"
     grow = (
-        *("train", "evolve", *outcomes, "--checkpoint", tmp_path / "sft.safetensors", "--population", 6),
-        *("--out", tmp_path / "evolved.safetensors", "--json", tmp_path / "evolved.json", *tiny),
+        *("train", "evolve", "--outcomes", f"file://{place}/outcomes", "--checkpoint", f"{at}/sft.safetensors"),
+        *("--population", 6, "--out", f"{at}/evolved.safetensors", "--json", tmp_path / "evolved.json", *tiny),
     )
     for more, generations in (((), 3), (("--resume",), 4)):
         code, output = told(*grow, "--generations", generations, *more)
         assert code == 0, output
         assert json.loads((tmp_path / "evolved.json").read_text())["generations"] == generations
+    assert not (tmp_path / "evolved.evolve").exists()
+    code, output = told("train", "sft", "--outcomes", f"{at}/none", "--out", tmp_path / "none.safetensors")
+    assert code == 2
+    assert f"there is no file {at}/none/tasks.parquet" in output
 
     measure = (
         *("eval", *outcomes, "--checkpoint", tmp_path / "sft.safetensors"),
