@@ -22,7 +22,7 @@ FOLDERS = ("actors", "orchestrator", "serve", "training", "cluster")
 _HEAD_PORT = 6379
 _ANSWER_SECONDS = 10.0
 # Of a head, beside its raylet; the last is the autoscaler.
-_OF_A_HEAD = ("gcs_server", "dashboard/dashboard.py", "monitor.py")
+_OF_A_HEAD = ("gcs_server", "dashboard/dashboard.py", "/monitor.py")
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,9 @@
 """`fugu up` for real, on this machine: `python -m tests.cluster.local_up`.
 
 Two machines (tests/cluster/machines.py) and a cluster file for them, made of cluster/onprem.yaml. Then what a user
-does: `fugu up`, `fugu submit train evolve`, `fugu deploy`, a request over the network, `fugu status`, `fugu down`. At
-the end no process of Ray may be left on either machine. Each step says when it began, in seconds.
+does: `fugu up`, `fugu submit train evolve`, `fugu deploy`, a request over the network, `fugu status`, `fugu up` again
+(which changes nothing), `fugu down`. At the end no process of Ray may be left on either machine. Each step says when
+it began, in seconds.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tests.cluster.machines import (
     pool_file,
     processes,
     run_inside,
+    ssh,
     status,
     step,
     until,
@@ -82,8 +84,21 @@ def work() -> None:
     print(found)
     for word in (HEAD, WORKER, "evolution", "SUCCEEDED", "HEALTHY", str(out)):
         assert word in found, f"status says nothing of {word}"
+    step("fugu up, again")
+    before = started(HEAD), started(WORKER)
+    fugu("up", str(cluster))
+    assert (started(HEAD), started(WORKER)) == before, "nothing has changed, and nothing is started anew"
+    code, reply = ask(HEAD, "question 5")
+    assert code == 200, reply
     step("fugu down")
     fugu("down", str(cluster), "--yes")
+
+
+def started(address: str) -> list[int]:
+    """The processes of Ray and of the server on a machine."""
+    found = ssh(address, "ps -eo pid,args").stdout.splitlines()
+    wanted = ("raylet/raylet", "gcs_server", "ServeReplica")
+    return sorted(int(line.split()[0]) for line in found if any(word in line for word in wanted))
 
 
 if __name__ == "__main__":
