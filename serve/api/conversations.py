@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 from actors.errors import NotFoundError, RequestError
+from serve.api.kept_events import KeptEvents
 from serve.auth import Caller
 from serve.store import Kept, Store
 
@@ -37,6 +38,7 @@ class Conversations:
     def __init__(self, store: Store | None, seconds: float) -> None:
         self._store = store
         self._seconds = seconds
+        self.events = KeptEvents(store, seconds)
 
     @property
     def keeps(self) -> bool:
@@ -100,6 +102,7 @@ class Conversations:
         await self._store.delete(RESPONSE, id, caller.id)
         for item in record.output:
             await self._store.delete(ITEM, item["id"], caller.id)
+        await self.events.forget(id, caller)
 
     async def cancel(self, id: str, caller: Caller) -> dict[str, Any]:
         """Mark a response that is still being made as cancelled; whoever makes it sees that within a second.

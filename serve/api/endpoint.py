@@ -155,8 +155,12 @@ class Endpoint:
             job = Job(exchange.model, request, wishes, trace, exchange.stream, caller)
             metered = await admit(self._keys.book, job, self._holds)
             if isinstance(exchange, ResponsesExchange) and exchange.background:
-                await answer.whole(await self._background.start(job, exchange, self._engines[job.model], metered))
+                begun = await self._background.start(job, exchange, self._engines[job.model], metered)
                 metered, later = None, True  # settled and counted when it is made
+                if exchange.stream:
+                    await self._tell(self._background.events(exchange), exchange, answer)
+                else:
+                    await answer.whole(begun)
                 return
             limit = self._config.request_timeout
             try:
@@ -213,8 +217,11 @@ class Endpoint:
                         await exchange.keep(event)
                         await answer.whole(exchange.whole(event))
             return
+        await self._tell(_written(events, exchange, job.trace), exchange, answer)
+
+    async def _tell(self, events: AsyncGenerator[bytes, None], exchange: Exchange, answer: _Answer) -> None:
         answer.exchange = exchange
-        lines = sse.with_keep_alive(_written(events, exchange, job.trace), self._config.keep_alive, exchange.alive)
+        lines = sse.with_keep_alive(events, self._config.keep_alive, exchange.alive)
         async with aclosing(lines):
             async for line in lines:
                 await answer.event(line)

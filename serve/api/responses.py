@@ -39,8 +39,6 @@ class ResponsesDialect:
 
     async def read(self, raw: bytes, id: str, caller: Caller) -> ResponsesExchange:
         body = parse_body(raw, ResponsesBody)
-        if body.background and body.stream:
-            raise RequestError("background: not together with stream; ask for the response by its id", param="stream")
         if body.background and (body.store is False or not self._conversations.keeps):
             raise RequestError("background: the response has to be kept, so store must not be off", param="background")
         if isinstance(body.input, list):
@@ -108,6 +106,10 @@ class ResponsesExchange:
     async def was_cancelled(self) -> bool:
         """Whether the caller has cancelled it meanwhile, or deleted it."""
         return await self._conversations.status(self.id, self.caller) in (None, "cancelled")
+
+    def opening(self) -> bytes:
+        """The first events, before anything is known of the answer."""
+        return self._begin()
 
     def chunk(self, chunk: Chunk) -> bytes:
         return self._told(self._blocks.take(chunk))

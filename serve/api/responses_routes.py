@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from starlette.responses import StreamingResponse
 
 from actors.errors import RequestError
+from serve import sse
 from serve.api.conversations import Conversations
 from serve.api.http import headers_of
 from serve.api.openapi import LOOKING, listing, told
 from serve.auth import Caller, Keys
 from serve.schema_answers import DeletedBody, ItemsBody, ResponseBody
 from serve.translate import dumps
+
+_KEEP_ALIVE_SECONDS = 15.0
 
 
 def add_routes(app: FastAPI, conversations: Conversations, keys: Keys) -> None:
@@ -22,12 +27,25 @@ def add_routes(app: FastAPI, conversations: Conversations, keys: Keys) -> None:
     async def caller(request: Request) -> Caller:
         return await keys.enter(headers_of(request.scope).get(b"authorization"))
 
+    async def streamed(id: str, whose: Caller, after: str) -> Response:
+        """The events of a response again, those that are still to come as they do."""
+        if not re.fullmatch(r"-1|\d{1,9}", after, re.ASCII):
+            raise RequestError("starting_after: must be a whole number", param="starting_after")
+        await conversations.get(id, whose)
+        if await conversations.events.page(id, 0, whose) is None:
+            raise RequestError(
+                "stream: only a response made with background and stream can be streamed again", param="stream"
+            )
+        events = conversations.events.read(id, whose, conversations, int(after))
+        headers = {name.decode(): value.decode() for name, value in sse.HEADERS}
+        return StreamingResponse(sse.with_keep_alive(events, _KEEP_ALIVE_SECONDS), headers=headers)
+
     @app.get("/v1/responses/{id}", summary="A response that was kept", responses=told(ResponseBody, LOOKING))
     async def retrieve(id: str, request: Request) -> Response:
         whose = await caller(request)
         query = request.query_params
         if query.get("stream") == "true":
-            raise RequestError("stream: a response that was made cannot be streamed again", param="stream")
+            return await streamed(id, whose, query.get("starting_after", "-1"))
         included = [*query.getlist("include"), *query.getlist("include[]")]
         return answer(await conversations.shown(id, whose, sealed="reasoning.encrypted_content" in included))
 

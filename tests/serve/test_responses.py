@@ -318,7 +318,7 @@ async def test_incomplete(finish: str, reason: str) -> None:
         ({"input": "?", "tool_choice": "required"}, "tool_choice"),
         ({"input": "?", "tools": [LOOK], "tool_choice": {"type": "function", "name": "jump"}}, "tool_choice.name"),
         ({"input": "?", "text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema"),
-        ({"input": "?", "background": True, "stream": True}, "stream"),
+        ({"input": "?", "background": True, "stream": True, "store": False}, "background"),
         ({}, "input"),
     ],
 )
