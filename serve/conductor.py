@@ -54,7 +54,7 @@ class Conducting:
             _shortened(
                 PromptSettings(config.style, config.show_names, config.examples, max_steps=steps), config.context
             ),
-            max_rounds=config.max_rounds if knobs.max_rounds is None else knobs.max_rounds,
+            max_rounds=rounds_of(config, knobs),
             max_depth=config.max_recursion if knobs.max_recursion is None else knobs.max_recursion,
             retries=config.retries,
             temperature=config.temperature,
@@ -68,12 +68,31 @@ class Conducting:
         return [name for name in dict.fromkeys((*names, self.writer.name)) if self.price(name, 1, 1) is None]
 
     def budget(self, knobs: Knobs) -> Budget:
-        return Budget(
-            seconds=_least(self.config.deadline, knobs.deadline_s),
-            usd=_least(self.config.budget_usd, knobs.budget_usd),
-            tokens=_least(self.config.budget_tokens, knobs.budget_tokens),
-            calls=_least(self.config.max_calls, knobs.max_calls),
-        )
+        return budget_of(self.config, knobs)
+
+
+def budget_of(config: ConductorConfig, knobs: Knobs) -> Budget:
+    """What all calls of a request may take together."""
+    return Budget(
+        seconds=_least(config.deadline, knobs.deadline_s),
+        usd=_least(config.budget_usd, knobs.budget_usd),
+        tokens=_least(config.budget_tokens, knobs.budget_tokens),
+        calls=_least(config.max_calls, knobs.max_calls),
+    )
+
+
+def rounds_of(config: ConductorConfig, knobs: Knobs) -> int:
+    return config.max_rounds if knobs.max_rounds is None else knobs.max_rounds
+
+
+def most_calls(config: ConductorConfig, knobs: Knobs) -> int:
+    """How many calls a request may take where none fails: plans that are no workflow are written again, and a step
+    that is handed to the conductor is a workflow of one round itself."""
+    steps = config.max_steps if knobs.max_steps is None else min(knobs.max_steps, config.max_steps)
+    once = 1
+    for _ in range(config.max_recursion if knobs.max_recursion is None else knobs.max_recursion):
+        once = 1 + config.retries + steps * once
+    return rounds_of(config, knobs) * (1 + config.retries + steps * once)
 
 
 def why_no_conductor(config: FuguConfig) -> str | None:

@@ -144,8 +144,9 @@ class KeyBook:
 
     # Metering
 
-    async def admit(self, key: Key, tokens: int, usd: float = 0.0) -> int:
-        """Reserve a request of so many tokens and so much money; a number to settle it with.
+    async def admit(self, key: Key, tokens: int, usd: float = 0.0, *, most: int = 0) -> int:
+        """Reserve a request of so many tokens and so much money; a number to settle it with. Of its minute's tokens it
+        reserves up to `most`, where so many are left.
 
         Raises:
             KeyLimitError: the key's requests or tokens of this minute are used, or requests that are being answered
@@ -162,7 +163,7 @@ class KeyBook:
         # Not SQLite's own, which come again when the rows with the highest are gone.
         number = secrets.randbits(62)
         try:
-            await self._database.run(lambda connection: self._admit(connection, key, number, tokens, usd))
+            await self._database.run(lambda connection: self._admit(connection, key, number, tokens, usd, most))
         except asyncio.CancelledError:
             await self._withdraw(number)
             raise
@@ -182,7 +183,7 @@ class KeyBook:
             # It falls out of the minute by itself, and counts as spent.
             log.error("a reservation was not taken back: %s", type(error).__name__)
 
-    def _admit(self, connection: sqlite3.Connection, key: Key, number: int, tokens: int, usd: float) -> None:
+    def _admit(self, connection: sqlite3.Connection, key: Key, number: int, tokens: int, usd: float, most: int) -> None:
         now = self._clock()
         connection.execute("DELETE FROM recent WHERE at <= ?", (now - WINDOW_SECONDS,))
         if key.monthly_usd is not None:
@@ -192,7 +193,8 @@ class KeyBook:
             wait = recent[len(recent) - key.requests_per_minute][0] + WINDOW_SECONDS - now
             raise KeyLimitError(f"this key has {key.requests_per_minute} requests per minute", retry_after=wait)
         if key.tokens_per_minute is not None:
-            over = sum(each[1] for each in recent) + tokens - key.tokens_per_minute
+            left = key.tokens_per_minute - sum(each[1] for each in recent)
+            over = tokens - left
             for at, freed in recent:
                 if over <= 0:
                     break
@@ -200,6 +202,7 @@ class KeyBook:
                 wait = at + WINDOW_SECONDS - now
                 if over <= 0:
                     raise KeyLimitError(f"this key has {key.tokens_per_minute} tokens per minute", retry_after=wait)
+            tokens = max(tokens, min(most, left))
         connection.execute("INSERT INTO recent VALUES (?, ?, ?, ?)", (number, key.id, now, tokens))
         if key.monthly_usd is not None:
             held = (number, key.id, _month(now), now + self._longest, usd)

@@ -6,13 +6,14 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
-from actors.config import FuguConfig
+from actors.config import ConductorConfig, FuguConfig
 from actors.estimate import Estimate, estimate_tokens
 from actors.messages import Usage
 from actors.structured import native
 from serve.api.job import Job
 from serve.api.session import TRINITY
 from serve.api.ultra import ULTRA
+from serve.conductor import budget_of, most_calls, rounds_of
 from serve.keys import Key, KeyBook
 from serve.prices import Prices
 from serve.trace import Trace
@@ -44,10 +45,10 @@ class Metered:
 
 
 class Holds:
-    """What a request may cost, as told before it is made: the dearest of the workers it may use, and of the one that
-    writes the plans of `fugu-ultra`, for every call that it may take, and for every repair where JSON is asked for and
-    the worker's API does not see to it. An estimate, not a bound: its input is counted in bytes, and retries come on
-    top."""
+    """What a request may take, as told before it is made: of tokens, and of money at the dearest of the workers it may
+    use, and of the one that writes the plans of `fugu-ultra`, for every call that it may take, and for every repair
+    where JSON is asked for and the worker's API does not see to it; no more than the request's own budgets. An
+    estimate, not a bound: its input is counted in bytes, and calls that fail come on top."""
 
     def __init__(self, config: FuguConfig, prices: Prices) -> None:
         self._config = config
@@ -56,20 +57,29 @@ class Holds:
 
     def usd(self, job: Job, estimate: Estimate) -> float:
         calls, repairs = self._calls(job), self._repairs(job)
-        once = Usage(estimate.input, estimate.output)
-        # The answer, and what is wrong with it, are read again.
-        again = Usage(estimate.input + estimate.output, estimate.output)
+        once, again = _once(estimate), _again(estimate)
 
         def usd(name: str) -> float:
             repair = 0.0 if name in self._trusted else repairs * (self._prices.usd(name, again) or 0.0)
             return calls * (self._prices.usd(name, once) or 0.0) + repair
 
-        names, own = job.wishes.allowed, job.wishes.knobs.budget_usd
-        if not job.model.startswith(ULTRA):
+        names = job.wishes.allowed
+        conductor = self._conductor(job)
+        if conductor is None:
             return max(map(usd, names))
-        writer = None if self._config.conductor is None else self._config.conductor.worker
+        writer, own = conductor.worker, budget_of(conductor, job.wishes.knobs).usd
         most = max(map(usd, names if writer is None else (*names, writer)))
         return most if own is None else min(most, own)
+
+    def tokens(self, job: Job, estimate: Estimate) -> int:
+        repairs = 0 if self._trusted.issuperset(job.wishes.allowed) else self._repairs(job)
+        most = self._calls(job) * estimate.total + repairs * _again(estimate).total_tokens
+        conductor = self._conductor(job)
+        own = None if conductor is None else budget_of(conductor, job.wishes.knobs).tokens
+        return most if own is None else min(most, own)
+
+    def _conductor(self, job: Job) -> ConductorConfig | None:
+        return self._config.conductor if job.model.startswith(ULTRA) else None
 
     def _repairs(self, job: Job) -> int:
         """Of the calls, those whose answer has a form. In a session any turn may answer; of a workflow the last step
@@ -77,25 +87,31 @@ class Holds:
         wanted = job.request.response_format
         if wanted is None or wanted.kind == "text":
             return 0
-        return self._calls(job) if not job.model.startswith(ULTRA) else self._rounds(job)
-
-    def _rounds(self, job: Job) -> int:
-        conductor = self._config.conductor
-        return job.wishes.knobs.max_rounds or (1 if conductor is None else conductor.max_rounds)
+        conductor = self._conductor(job)
+        return self._calls(job) if conductor is None else rounds_of(conductor, job.wishes.knobs)
 
     def _calls(self, job: Job) -> int:
         if job.model.startswith(TRINITY):
             return self._config.router.max_turns
-        conductor, knobs = self._config.conductor, job.wishes.knobs
-        if not job.model.startswith(ULTRA) or conductor is None:
+        conductor, knobs = self._conductor(job), job.wishes.knobs
+        if conductor is None:
             return 1
-        steps, most = knobs.max_steps or conductor.max_steps, knobs.max_calls or conductor.max_calls
-        calls = self._rounds(job) * (1 + steps)
+        calls, most = most_calls(conductor, knobs), budget_of(conductor, knobs).calls
         return calls if most is None else min(calls, most)
 
 
+def _once(estimate: Estimate) -> Usage:
+    return Usage(estimate.input, estimate.output)
+
+
+def _again(estimate: Estimate) -> Usage:
+    """Of a repair: the answer, and what is wrong with it, are read again."""
+    return Usage(estimate.input + estimate.output, estimate.output)
+
+
 async def admit(book: KeyBook | None, job: Job, holds: Holds) -> Metered | None:
-    """Reserve a request on its key; None where the key has no account.
+    """Reserve a request on its key; None where the key has no account. A request that may take more than the key's
+    tokens of a minute in all needs room for its first call, and reserves what is left.
 
     Raises:
         KeyLimitError, BudgetSpentError, RequestError: see `serve.keys.KeyBook.admit`.
@@ -103,7 +119,10 @@ async def admit(book: KeyBook | None, job: Job, holds: Holds) -> Metered | None:
     key = job.caller.key
     if book is None or key is None:
         return None
-    estimate = estimate_tokens(job.request, limit=key.tokens_per_minute)
+    limit = key.tokens_per_minute
+    estimate = estimate_tokens(job.request, limit=limit)
+    most = holds.tokens(job, estimate)
+    least = most if limit is None or most <= limit else min(most, estimate.total)
     # The list of prices is read when it is first asked for.
     usd = 0.0 if key.monthly_usd is None else await asyncio.to_thread(holds.usd, job, estimate)
-    return Metered(book, key, await book.admit(key, estimate.total, usd))
+    return Metered(book, key, await book.admit(key, least, usd, most=most))

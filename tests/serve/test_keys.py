@@ -445,8 +445,11 @@ async def test_requests_at_once_do_not_pass_the_budget(path: Path) -> None:
         ("fugu", Knobs(), 1),
         ("fugu-20261123", Knobs(), 1),
         ("fugu-trinity", Knobs(), 5),
-        ("fugu-ultra", Knobs(), 6),
-        ("fugu-ultra", Knobs(max_rounds=2, max_steps=3), 8),
+        # A plan that may be written three times, and five steps.
+        ("fugu-ultra", Knobs(), 3 + 5),
+        ("fugu-ultra", Knobs(max_rounds=2, max_steps=3), 2 * (3 + 3)),
+        ("fugu-ultra", Knobs(max_steps=2, max_recursion=1), 3 + 2 * (3 + 2)),
+        ("fugu-ultra", Knobs(max_steps=1, max_recursion=2, max_rounds=2), 2 * (3 + (3 + (3 + 1)))),
         ("fugu-ultra", Knobs(max_calls=3), 3),
     ],
 )
@@ -475,7 +478,7 @@ def test_what_a_request_may_cost(model: str, knobs: Knobs, calls: int) -> None:
     [
         ("fugu", Knobs(), 1, 1),
         ("fugu-trinity", Knobs(), 5, 5),
-        ("fugu-ultra", Knobs(max_rounds=2, max_steps=3), 8, 2),
+        ("fugu-ultra", Knobs(max_rounds=2, max_steps=3), 12, 2),
     ],
 )
 def test_a_repair_is_reckoned_with_where_there_may_be_one(model: str, knobs: Knobs, calls: int, repairs: int) -> None:
