@@ -28,6 +28,7 @@ from orchestrator.workflow import Workflow
 _VERSION = 1
 _ID = re.compile(r"wf_([a-z2-7]{16})((?:_\d{1,2}){1,4})_(\d{1,3})", re.ASCII)
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
+_NOTES = ("system", "developer")
 _LOST = "(This result is no longer in the conversation.)"
 
 
@@ -120,13 +121,16 @@ def call_ref(id: str | None) -> CallRef | None:
 
 
 def awaited(messages: Sequence[Message]) -> str | None:
-    """The pause whose tools a conversation ends with the results of; None where it ends otherwise.
+    """The pause whose tools a conversation ends with the results of; None where it ends otherwise. What the client's
+    program notes after them (`system`) is no turn of the user's.
 
     Raises:
         RequestError: the last results belong to several pauses.
     """
     pauses = set()
     for message in reversed(messages):
+        if message.role in _NOTES:
+            continue
         if message.role != "tool":
             break
         ref = call_ref(message.tool_call_id)
@@ -149,25 +153,49 @@ def resume(paused: Paused, messages: Sequence[Message]) -> Resumed:
         # The caller kept the results only, and not who asked for them.
         next(index for index, message in enumerate(messages) if _answers(message) in ours),
     )
-    results = {message.tool_call_id: message for message in messages[begin:] if message.role == "tool"}
-    missing = [call.id for call in paused.open_calls if call.id not in results]
+    results = _Results.of(messages[begin:])
+    missing = [call.id for call in paused.open_calls if call.id not in results.said]
     if missing:
         raise RequestError(f"messages: the tool call {missing[0]} has no result", param="messages")
     return _resumed(paused, tuple(messages[:begin]), results)
 
 
-def _resumed(paused: Paused, base: tuple[Message, ...], results: Mapping[str | None, Message]) -> Resumed:
+@dataclass(frozen=True, slots=True)
+class _Results:
+    """By id of call: what a tool said, and what the client's program noted right after it and those beside it."""
+
+    said: dict[str | None, Message] = field(default_factory=dict)
+    notes: dict[str | None, list[Message]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, messages: Sequence[Message]) -> _Results:
+        results = cls()
+        beside: list[str | None] = []
+        for message in messages:
+            if message.role == "tool":
+                results.said[message.tool_call_id] = message
+                beside.append(message.tool_call_id)
+            elif message.role not in _NOTES:
+                beside = []
+            for id in beside if message.role in _NOTES else ():
+                results.notes.setdefault(id, []).append(message)
+        return results
+
+
+def _resumed(paused: Paused, base: tuple[Message, ...], results: _Results) -> Resumed:
     histories = {each.step: _history(each.said, results) for each in paused.waiting if each.nested is None}
     nested = {each.step: _resumed(each.nested, (), results) for each in paused.waiting if each.nested is not None}
     return Resumed(paused, base, histories, nested)
 
 
-def _history(said: Sequence[Message], results: Mapping[str | None, Message]) -> tuple[Message, ...]:
+def _history(said: Sequence[Message], results: _Results) -> tuple[Message, ...]:
     history: list[Message] = []
     for message in said:
         history.append(message)
         for call in message.tool_calls:
-            history.append(results.get(call.id) or Message("tool", _LOST, tool_call_id=call.id))
+            history.append(results.said.get(call.id) or Message("tool", _LOST, tool_call_id=call.id))
+        # After all results: they must follow the calls without a gap.
+        history += dict.fromkeys(note for call in message.tool_calls for note in results.notes.get(call.id, ()))
     return tuple(history)
 
 

@@ -130,6 +130,7 @@ def test_what_a_conversation_waits_for() -> None:
     question = Message("user", "?")
     assert awaited([question, asked, *results]) == PAUSE
     assert awaited([question, asked, *results, Message("user", "never mind")]) is None
+    assert awaited([question, asked, *results, Message("system", "The file has changed.")]) == PAUSE
     assert awaited([question]) is None
     assert awaited([question, Message("tool", "1", tool_call_id="call_1")]) is None
     with pytest.raises(RequestError, match="several answers"):
@@ -156,6 +157,33 @@ def test_results_reach_their_steps_however_the_caller_splits_them() -> None:
         resumed = resume(kept, conversation)
         assert resumed.base == (question,)
         assert resumed.histories == {0: (kept.waiting[0].said[0], rain), 1: (kept.waiting[1].said[0], sun)}
+
+
+def test_what_a_program_notes_after_results_reaches_the_steps_that_get_them() -> None:
+    """Claude Code tells of changed files in a `system` message; results must follow their calls without a gap."""
+    old, north, south = calls(OTHER, 0, "old"), calls(PAUSE, 0, "north", "up"), calls(PAUSE, 1, "south")
+    said = (Message("assistant", "1", tool_calls=old), Message("assistant", "2", tool_calls=north))
+    kept = Paused(
+        PAUSE,
+        Workflow((Step("a", "x"), Step("b", "y"), Step("c", "z", (0, 1)))),
+        (Waiting(0, "a", said), Waiting(1, "b", (Message("assistant", "s", tool_calls=south),))),
+        {},
+        earlier=(OTHER,),
+    )
+    first, last = Message("system", "changed"), Message("developer", "hurry")
+    result = {call.id: Message("tool", call.name, tool_call_id=call.id) for call in (*old, *north, *south)}
+    conversation = [
+        Message("user", "?"),
+        said[0],
+        result[old[0].id],
+        first,
+        Message("assistant", tool_calls=(*north, *south)),
+        *(result[call.id] for call in (*south, *reversed(north))),
+        last,
+    ]
+    resumed = resume(kept, conversation)
+    assert resumed.histories[0] == (said[0], result[old[0].id], first, said[1], *(result[c.id] for c in north), last)
+    assert resumed.histories[1] == (kept.waiting[1].said[0], result[south[0].id], last)
 
 
 def test_a_result_that_the_caller_dropped_is_said_to_be_lost() -> None:
