@@ -50,6 +50,12 @@ class Blocks:
     def current(self) -> Block | None:
         return self._open
 
+    @property
+    def last(self) -> int | None:
+        """The number of the last block that `end` closes; None where none is open."""
+        left = (self._open is not None) + len(self._later)
+        return len(self.done) + left - 1 if left else None
+
     def take(self, chunk: Chunk) -> Iterator[Step]:
         """Raises:
         StreamBrokenError: a tool call goes on after something else began.

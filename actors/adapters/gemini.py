@@ -166,8 +166,6 @@ def _tools(body: dict[str, Any], request: ChatRequest, dropped: list[str]) -> No
         dropped.append("tool_choice")
     if any(tool.strict for tool in request.tools):
         dropped.append("tools.strict")
-    if request.parallel_tool_calls is False and request.tools:
-        dropped.append("parallel_tool_calls")
 
 
 def _contents(messages: list[Message], *, signed: bool) -> list[dict[str, Any]]:
@@ -249,6 +247,8 @@ class _Reader:
 
     def _part(self, part: dict[str, Any]) -> None:
         if call := part.get("functionCall"):
+            if self._request.parallel_tool_calls is False and self.answer.tools:
+                return  # the API has no field for it; a model that needs the others calls them once it has the first
             arguments = orjson.dumps(call.get("args") or {}).decode()
             number = len(self.answer.tools)
             id = call.get("id") or tool_call_id(self._request, number, call["name"], arguments)

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from actors.errors import FuguError, RequestError
-from actors.messages import ChatRequest, Chunk
+from actors.messages import ChatReply, ChatRequest, Chunk
 from serve.api.conversations import Conversations, Record
 from serve.api.job import Done
 from serve.api.responses_output import EventWriter, Output, error_body, usage_body
@@ -115,7 +115,7 @@ class ResponsesExchange:
         return self._told(self._blocks.take(chunk))
 
     def end(self, done: Done) -> bytes:
-        last = self._closed()
+        last = self._closed(done)
         body = self._finished(done)
         if done.told is not None:
             body["fugu"] = done.told
@@ -143,23 +143,26 @@ class ResponsesExchange:
             events += self._output.step(self._writer, step)
         return b"".join(events)
 
-    def _closed(self) -> bytes:
+    def _closed(self, done: Done) -> bytes:
         """The last events of the items."""
         if self._last is None:
+            self._output.cut = self._blocks.last if _unfinished(done.reply) else None
             self._last = self._told(self._blocks.end())
         return self._last
 
     def _blocks_of(self, done: Done) -> Sequence[Block]:
         """What the answer consists of: of a stream what was streamed, which may be more than the reply (plan and steps
         of a workflow), so that the items at its end are those that were told of."""
-        if not self.stream:
-            return blocks_of(done.reply)
-        self._closed()
-        return self._blocks.done
+        if self.stream:
+            self._closed(done)
+            return self._blocks.done
+        blocks = blocks_of(done.reply)
+        if _unfinished(done.reply) and blocks and blocks[-1].thought is None:
+            self._output.cut = blocks[-1].number
+        return blocks
 
     def _finished(self, done: Done) -> dict[str, Any]:
-        # A refusal in words is a whole answer.
-        reason = None if done.reply.refusal else _INCOMPLETE.get(done.reply.finish_reason)
+        reason = _unfinished(done.reply)
         output = self._output.shown(self._blocks_of(done))
         body = self._response(
             "completed" if reason is None else "incomplete", output, usage_body(done.visible, done.total)
@@ -214,3 +217,8 @@ class ResponsesExchange:
             "user": body.user,
             "metadata": body.metadata or {},
         }
+
+
+def _unfinished(reply: ChatReply) -> str | None:
+    """Why an answer is not whole. A refusal in words is."""
+    return None if reply.refusal else _INCOMPLETE.get(reply.finish_reason)

@@ -41,6 +41,8 @@ class Output:
         self._summary = summary
         self._sealed = sealed
         self._places: dict[int, int] = {}
+        self.cut: int | None = None
+        """The number of the block that the answer ended in the middle of."""
 
     def shown(self, blocks: Sequence[Block]) -> list[dict[str, Any]]:
         """The items that the caller sees."""
@@ -91,12 +93,13 @@ class Output:
 
     def _item(self, block: Block, *, sealed: bool) -> dict[str, Any]:
         id = self._id(block)
+        status = "incomplete" if block.number == self.cut else "completed"
         if block.kind in ("text", "refusal"):
             content = [_part(block.kind, block.text)]
-            return {"id": id, "type": "message", "role": "assistant", "status": "completed", "content": content}
+            return {"id": id, "type": "message", "role": "assistant", "status": status, "content": content}
         if block.kind == "tool":
             space, name = self._tools.spaces.get(block.name, (None, block.name))
-            item: dict[str, Any] = {"id": id, "call_id": block.id, "name": name, "status": "completed"}
+            item: dict[str, Any] = {"id": id, "call_id": block.id, "name": name, "status": status}
             if space is not None:
                 item["namespace"] = space
             if self._is_freeform(block):

@@ -96,7 +96,7 @@ RICH_BODY = {
 def test_the_request_with_everything() -> None:
     body, dropped = request_body(spec(), RICH)
     assert body == RICH_BODY
-    assert dropped == ["tools.strict", "parallel_tool_calls", "user", "logit_bias", "fugu_unknown"]
+    assert dropped == ["tools.strict", "user", "logit_bias", "fugu_unknown"]
 
 
 def test_generations() -> None:
@@ -224,3 +224,14 @@ async def test_a_bad_key_comes_as_400(provider: LoopbackProvider, adapter: Adapt
     provider.default = Behaviour(status=400, body=body)
     with pytest.raises(WorkerAuthError, match="API key not valid"):
         await adapter.complete(SIMPLE, CallContext())
+
+
+async def test_one_call_at_a_time(provider: LoopbackProvider, adapter: Adapter) -> None:
+    """The API cannot be told, so that only the first of several calls is handed on."""
+    several = tuple(ToolCall(f"c{number}", "f", '{"a":1}') for number in range(2))
+    provider.default = Behaviour(text="", tool_calls=several)
+    request = SIMPLE.with_(tools=(ToolSpec("f"),), parallel_tool_calls=False)
+    for asked, count in ((request, 1), (request.with_(parallel_tool_calls=None), 2)):
+        whole = await adapter.complete(asked, CallContext())
+        _, streamed = await drain(adapter, asked)
+        assert len(whole.tool_calls) == len(streamed.tool_calls) == count

@@ -29,6 +29,8 @@ from tests.actors.dialects import DIALECTS, KEY, RICH, SIMPLE, Told, adapter_for
 from tests.loopback import Behaviour, LoopbackProvider
 from tests.loopback_dialects import Dialect
 
+# Several calls at once.
+MANY = RICH.with_(parallel_tool_calls=None)
 FULL = Behaviour(
     text="Il fait beau à Paris — 21 °C.",
     reasoning="The user wants the weather.",
@@ -82,7 +84,7 @@ def assert_full(reply: ChatReply, dialect: Dialect) -> None:
 async def test_plain(provider: LoopbackProvider, adapter: Adapter, dialect: Dialect) -> None:
     provider.default = FULL
     told = Told()
-    assert_full(await adapter.complete(RICH, told.context), dialect)
+    assert_full(await adapter.complete(MANY, told.context), dialect)
     assert told.sent == 1
     assert len(told.headers) == 1
     assert "content-type" in told.headers[0]
@@ -90,7 +92,7 @@ async def test_plain(provider: LoopbackProvider, adapter: Adapter, dialect: Dial
 
 async def test_stream(provider: LoopbackProvider, adapter: Adapter, dialect: Dialect) -> None:
     provider.default = Behaviour(**{**FULL.__dict__, "chunk_delay": 0.002})
-    chunks, final = await drain(adapter, RICH)
+    chunks, final = await drain(adapter, MANY)
     assert_full(final, dialect)
     assert len(chunks) > 8
     assert "".join(chunk.text for chunk in chunks) == FULL.text
@@ -117,8 +119,8 @@ async def test_plain_and_streamed_replies_are_equal(
     provider: LoopbackProvider, adapter: Adapter, dialect: Dialect
 ) -> None:
     provider.default = FULL
-    plain = await adapter.complete(RICH, CallContext())
-    assert (await drain(adapter, RICH))[1] == plain
+    plain = await adapter.complete(MANY, CallContext())
+    assert (await drain(adapter, MANY))[1] == plain
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -126,7 +128,7 @@ async def test_any_split_of_the_bytes(
     provider: LoopbackProvider, adapter: Adapter, dialect: Dialect, seed: int
 ) -> None:
     provider.default = Behaviour(**{**FULL.__dict__, "split": random.Random(seed).choice([1, 2, 3, 7, 31])})
-    assert_full((await drain(adapter, RICH))[1], dialect)
+    assert_full((await drain(adapter, MANY))[1], dialect)
 
 
 async def test_connections_are_used_again(provider: LoopbackProvider, adapter: Adapter, dialect: Dialect) -> None:

@@ -301,8 +301,31 @@ async def test_incomplete(finish: str, reason: str) -> None:
     client = client_of(Says("a", Chunk("half"), finish=finish))
     response = await client.responses.create(model="fugu", input="?", max_output_tokens=5)
     assert (response.status, response.incomplete_details.reason) == ("incomplete", reason)  # type: ignore[union-attr]
-    events = [e async for e in await client.responses.create(model="fugu", input="?", stream=True)]
+    events: list[Any] = [e async for e in await client.responses.create(model="fugu", input="?", stream=True)]
     assert events[-1].type == "response.incomplete"
+    assert events[-2].item == events[-1].response.output[0]
+    assert [response.output[0].status, events[-2].item.status] == ["incomplete"] * 2  # type: ignore[union-attr]
+
+
+async def test_a_call_that_was_cut_off_is_not_to_be_made() -> None:
+    thought = Thought("hm", "sig", origin=worker_tag("a"))
+    whole, cut = ToolCall("c0", "look", "{}"), ToolCall("c1", "look", '{"at')
+    reply = ChatReply("a", reasoning="hm", tool_calls=(whole, cut), finish_reason="length", thoughts=(thought,))
+
+    class Cut(Says):
+        async def stream(self, request: ChatRequest) -> AsyncIterator[Chunk]:
+            yield Chunk(reasoning="hm", thoughts=(thought,))
+            for at, call in enumerate(reply.tool_calls):
+                yield Chunk(tool_calls=(ToolCallDelta(at, call.id, call.name, call.arguments),))
+            yield Chunk(final=reply)
+
+    client = client_of(Cut("a"))
+    fields: Any = {"model": "fugu", "input": "?", "tools": [LOOK], "reasoning": {"summary": "auto"}}
+    plain = await client.responses.create(**fields)
+    events: list[Any] = [event async for event in await client.responses.create(**fields, stream=True)]
+    told = [event.item for event in events if event.type == "response.output_item.done"]
+    for items in (plain.output, told, events[-1].response.output):
+        assert [item.status for item in items] == ["completed", "completed", "incomplete"]
 
 
 @pytest.mark.parametrize(
