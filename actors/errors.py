@@ -59,12 +59,17 @@ from actors.messages import Usage
 
 
 class FuguError(Exception):
-    """Base of all. `code` is a stable machine-readable word; `param` the offending field, if one is to blame."""
+    """Base of all. `code` is a stable machine-readable word; `param` the offending field, if one is to blame.
+
+    Of a call to a worker: `usage` is what it took all the same, where there was a whole answer that nobody gets to see;
+    `may_cost` whether the provider may charge for the attempt that failed, None where that is not known."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
     retryable: ClassVar[bool] = False
+    usage: Usage | None = None
+    may_cost: bool | None = None
 
     def __init__(
         self,
@@ -256,12 +261,9 @@ class DeadlineError(FuguError):
 
 
 class WorkerError(FuguError):
-    """`usage` is what the call took all the same, where the worker gave a whole answer that nobody gets to see."""
-
     status = 502
     type = "worker_error"
     code = "worker_failed"
-    usage: Usage | None = None
 
 
 class WorkerRejectedError(WorkerError):
@@ -309,6 +311,9 @@ class WorkerTimeoutError(WorkerError):
 
 
 class WorkerUnavailableError(WorkerError):
+    """`broke`: the connection did, under a request."""
+
+    broke = False
     code = "worker_unavailable"
     retryable = True
 

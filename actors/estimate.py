@@ -16,6 +16,8 @@ _TOKENS_PER_TOOL = 16
 # The most that a picture costs at the large providers after they have scaled it down; `low` is a fixed 85 at OpenAI.
 _TOKENS_PER_IMAGE = {"low": 300, "auto": 1600, "high": 1600}
 DEFAULT_OUTPUT_TOKENS = 1024
+# What large models commonly write in a second.
+_TOKENS_PER_SECOND = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,11 @@ def text_size(text: str) -> int:
 def size_tokens(size: int) -> int:
     """As `text_tokens`, of a text of so many bytes."""
     return -(-size // _BYTES_PER_TOKEN)
+
+
+def silent_tokens(seconds: float) -> int:
+    """What a model may have written that was silent for so long: thinking that nobody is shown."""
+    return int(_TOKENS_PER_SECOND * seconds)
 
 
 def _message_tokens(message: Message) -> int:

@@ -11,7 +11,7 @@ nothing but fixed-length bytes is read until then. As with Ray's own connections
 along.
 
     client → server   (CALL | STREAM, id, worker, request, headers)   (CANCEL, id)   (TAKEN, id, batches)   (PING,)
-    server → client   (id, ChatReply | FuguError)   (id, (Chunk, …))   (0, None)
+    server → client   (id, ChatReply | FuguError)   (id, (Chunk, …))   (id, Taken)   (0, None)
 
 `headers` are those of the trace that a call is part of, None where it is not traced.
 """
@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from actors.errors import FuguError, StreamBrokenError, WorkerError
 from actors.messages import ChatReply, ChatRequest, Chunk
 from actors.spans import under
+from actors.spending import Note, Taken, listener, told_to
 
 if TYPE_CHECKING:
     from actors.otel import Telemetry
@@ -261,9 +262,14 @@ class _ServerConnection(_Framed):
         else:
             self.send((0, None))
 
+    def _tell(self, call: int) -> Note:
+        return lambda taken: self.send((call, taken))
+
     async def _complete(self, call: int, worker: str, request: ChatRequest) -> None:
         try:
-            self.send((call, await self._runtimes[worker].complete(request)))
+            with told_to(self._tell(call)):
+                reply = await self._runtimes[worker].complete(request)
+            self.send((call, reply))
         except Exception as error:
             self.send((call, as_fugu_error(error, worker)))
         finally:
@@ -275,7 +281,9 @@ class _ServerConnection(_Framed):
         loop = asyncio.get_running_loop()
         begun = False
         try:
-            async for chunk in chunks:
+            with told_to(self._tell(call)):
+                chunk = await anext(chunks, None)
+            while chunk is not None:
                 stream.pending.append(chunk)
                 if not begun or chunk.final is not None:
                     begun = True
@@ -286,6 +294,7 @@ class _ServerConnection(_Framed):
                     stream.more.clear()
                     async with asyncio.timeout(_STALLED_SECONDS):
                         await stream.more.wait()
+                chunk = await anext(chunks, None)
         except TimeoutError:
             error = StreamBrokenError(f"the reader took nothing for {_STALLED_SECONDS:g} s", worker=worker)
             self.send((call, error))
@@ -354,6 +363,7 @@ class Link(_Framed):
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._replies: dict[int, asyncio.Future[ChatReply]] = {}
         self._readers: dict[int, _Reader] = {}
+        self._notes: dict[int, Note] = {}
         self._next_id = 1
         self._pinger: asyncio.TimerHandle | None = None
         self._pinged_at: float | None = None
@@ -410,6 +420,10 @@ class Link(_Framed):
 
     def received(self, message: tuple[Any, ...]) -> None:
         call, what = message
+        if isinstance(what, Taken):
+            if call in self._notes:
+                self._notes[call](what)
+            return
         reader = self._readers.get(call)
         if reader is not None:
             reader.put(what)
@@ -434,6 +448,7 @@ class Link(_Framed):
             raise
         finally:
             del self._replies[call]
+            self._notes.pop(call, None)
 
     async def stream(
         self, worker: str, request: ChatRequest, headers: Mapping[str, str] | None = None
@@ -458,6 +473,7 @@ class Link(_Framed):
                     taken = 0
         finally:
             del self._readers[call]
+            self._notes.pop(call, None)
             if not over:
                 self.send((CANCEL, call))
 
@@ -468,6 +484,9 @@ class Link(_Framed):
             self._schedule_ping()
         call = self._next_id
         self._next_id += 1
+        note = listener()
+        if note is not None:
+            self._notes[call] = note
         return call
 
     def _schedule_ping(self) -> None:

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 # How the actors' names begin.
 PREFIX = "fugu-provider:"
 # Part of them: raise it when actor and pool no longer understand those of an earlier version.
-_PROTOCOL = 6
+_PROTOCOL = 7
 _START_SECONDS = 300.0
 _STATUS_SECONDS = 5.0
 _KILL_SECONDS = 10.0

@@ -33,14 +33,16 @@ from actors.errors import (
     WorkerError,
     WorkerRejectedError,
     WorkerTimeoutError,
+    WorkerUnavailableError,
 )
-from actors.estimate import estimate_tokens, text_tokens
+from actors.estimate import estimate_tokens, silent_tokens, text_tokens
 from actors.journal import Journal
 from actors.limiter import SLACK, WINDOW, Grant, Limiter, Share, split
 from actors.marks import worker_tag
 from actors.messages import ChatReply, ChatRequest, Chunk, Message, Thought, Timing, ToolCallDelta, Usage
 from actors.prices import pricing
 from actors.spans import Span, current
+from actors.spending import Taken, listener, tell
 from actors.status import Counters, WorkerStatus
 from actors.structured import joined, native, repaired, shape_of
 
@@ -151,9 +153,10 @@ class WorkerRuntime:
         if wrong is None:
             return reply
         if request.max_attempts is None or request.max_attempts > reply.attempts:
+            tell(Taken(reply.usage, reply.estimated, within=True))
             try:
                 second, wrong = await shape.checked(await self._one(repaired(request, reply, wrong[1])))
-            except WorkerError as error:
+            except FuguError as error:
                 error.usage = reply.usage
                 raise
             reply = joined(reply, second)
@@ -252,8 +255,8 @@ class _Call:
     """One request on its way: its attempts and what it holds. `first_byte`, `queued` are seconds."""
 
     __slots__ = (
-        "_estimate", "_grant", "_headers_at", "_iterator", "_probe", "_rt", "_sent_at", "_span", "_spec", "_until",
-        "_written", "attempts", "begin", "first_byte", "queued", "request",
+        "_estimate", "_grant", "_headers_at", "_iterator", "_lost", "_note", "_probe", "_rt", "_sent_at", "_span",
+        "_spec", "_until", "_written", "attempts", "begin", "first_byte", "queued", "request",
     )  # fmt: skip
 
     def __init__(self, runtime: WorkerRuntime, request: ChatRequest) -> None:
@@ -265,6 +268,8 @@ class _Call:
         self._estimate = estimate_tokens(request, limit=runtime.limiter.token_limit)
         self._grant: Grant | None = None
         self._probe = False
+        self._note = listener()
+        self._lost: Usage | None = None
         self._span: Span | None = None
         self._iterator: AsyncIterator[Chunk] | None = None
         self._written = 0
@@ -282,7 +287,12 @@ class _Call:
             async with asyncio.timeout_at(self._until):
                 return await call
         except TimeoutError:
-            raise self._too_long() from None
+            error = self._too_long()
+            error.may_cost = self._lost is not None
+            raise error from None
+        except FuguError as error:
+            error.may_cost = self._lost is not None
+            raise
 
     async def retrying(self, attempt: Callable[[], Awaitable[Result]]) -> Result:
         """Make attempts until one succeeds or another cannot help: the error is not of a kind that passes, the
@@ -300,6 +310,9 @@ class _Call:
                 error, first = first, None
                 raise error
             self._rt.counters.retries += 1
+            if self._lost is not None and self._note is not None:
+                self._note(Taken(self._lost, estimated=True))
+            self._lost = None
             return await attempt()
 
         retrying = AsyncRetrying(
@@ -347,7 +360,7 @@ class _Call:
             if isinstance(error, StopAsyncIteration):
                 error = ProtocolError("the stream ended before it began", worker=self._spec.name)
             raise self._failed(error) from None
-        self._note(chunk)
+        self._received(chunk)
         return chunk
 
     async def next_chunk(self) -> Chunk:
@@ -364,7 +377,7 @@ class _Call:
             elif isinstance(error, FuguError) and not isinstance(error, StreamBrokenError):
                 error = StreamBrokenError(error.message, worker=self._spec.name)
             raise self._failed(error) from None
-        self._note(chunk)
+        self._received(chunk)
         return chunk
 
     async def leave(self) -> None:
@@ -384,6 +397,7 @@ class _Call:
         queued_at = runtime.clock()
         self._sent_at = self._headers_at = 0.0
         self._written = 0
+        self._lost = None
         try:
             self._grant = await runtime.limiter.reserve(self._estimate.total)
         except BaseException:
@@ -417,7 +431,7 @@ class _Call:
 
         return CallContext(on_sent, on_headers, {} if self._span is None else self._span.headers())
 
-    def _note(self, chunk: Chunk) -> None:
+    def _received(self, chunk: Chunk) -> None:
         if not self.first_byte:
             self.first_byte = self._rt.clock() - (self._sent_at or self.begin)
         if chunk.final is not None:
@@ -458,6 +472,7 @@ class _Call:
             used = grant.tokens  # the provider may go on writing
         else:
             used = self._estimate.input + self._written // 2
+        self._lost = self._loss(error) if grant.left else None
         if grant.left:
             grant.settle(used)
         elif isinstance(error, asyncio.CancelledError):
@@ -479,6 +494,17 @@ class _Call:
             self._span.fail(error)
             self._span.end()
         return error
+
+    def _loss(self, error: BaseException) -> Usage | None:
+        """What an attempt took that failed before its first piece; None where the provider said no. A call that ran
+        out of time was cancelled."""
+        timed_out = isinstance(error, WorkerTimeoutError) and error.phase != "connect"
+        broke = isinstance(error, WorkerUnavailableError) and error.broke and self._headers_at
+        if not (timed_out or broke or isinstance(error, asyncio.CancelledError)):
+            return None
+        written = silent_tokens(self._rt.clock() - self._sent_at)
+        most = self.request.max_tokens
+        return Usage(self._estimate.input, written if most is None else min(written, most))
 
     def _too_long(self) -> WorkerTimeoutError:
         total = self._spec.timeout.total

@@ -1,28 +1,26 @@
 """What every call of a request takes, noted in its trace, the calls that came to nothing too.
 
-What a call took that was broken off is partly a guess. Read: what the provider had said by then, else the estimate of
-`actors.estimate`. Written: what the provider had said or what was received, whichever is more, and for the time that it
-was silent before its first piece as much as a model writes that thinks where nobody sees it. So a caller who hangs up
-on an answer, or before it begins, has paid for it.
+A worker tells of attempts before the one that ends the call, and of a first answer that it has to put right
+(`actors.spending`). What a call took that was broken off is partly a guess. Read: what the provider had said by then,
+else the estimate of `actors.estimate`. Written: what the provider had said or what was received, whichever is more, and
+for the time that it was silent before its first piece as much as a model writes that thinks where nobody sees it. So a
+caller who hangs up on an answer, or before it begins, has paid for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import cast
 
-from actors.errors import StreamBrokenError, WorkerError, WorkerTimeoutError
-from actors.estimate import estimate_tokens, size_tokens, text_size
+from actors.errors import FuguError, StreamBrokenError, WorkerTimeoutError
+from actors.estimate import estimate_tokens, silent_tokens, size_tokens, text_size
 from actors.messages import ChatReply, ChatRequest, Chunk, Usage, Worker
+from actors.spending import Taken, told_to
 from serve.prices import Prices
 from serve.trace import Spent, Trace
-
-# What large models commonly write.
-_TOKENS_PER_SECOND = 100
 
 
 class Counted:
@@ -38,26 +36,30 @@ class Counted:
         self._clock = clock
 
     async def complete(self, request: ChatRequest) -> ChatReply:
-        received = _Received(self._clock())
+        received = _Received(self._clock)
         try:
-            reply = await self._worker.complete(request)
+            with told_to(received.told_of):
+                reply = await self._worker.complete(request)
         except BaseException as error:
             self._lost(request, received, error)
             raise
-        self._whole(reply)
+        self._whole(received, reply)
         return reply
 
     async def stream(self, request: ChatRequest) -> AsyncIterator[Chunk]:
-        received, whole = _Received(self._clock()), False
+        received, whole = _Received(self._clock), False
         try:
             async with aclosing(cast(AsyncGenerator[Chunk, None], self._worker.stream(request))) as chunks:
-                async for chunk in chunks:
+                with told_to(received.told_of):
+                    chunk = await anext(chunks, None)
+                while chunk is not None:
                     if chunk.final is not None:
                         whole = True
-                        self._whole(chunk.final)
+                        self._whole(received, chunk.final)
                     else:
-                        received.take(chunk, self._clock())
+                        received.take(chunk)
                     yield chunk
+                    chunk = await anext(chunks, None)
         except BaseException as error:
             if not whole:
                 self._lost(request, received, error)
@@ -65,57 +67,83 @@ class Counted:
         if not whole:
             self._lost(request, received, StreamBrokenError("it ended without saying so", worker=self.name))
 
-    def _whole(self, reply: ChatReply) -> None:
+    def _whole(self, received: _Received, reply: ChatReply) -> None:
+        self._spend(taken for taken in received.close() if not taken.within)
         self._trace.spent.append(Spent(reply.usage, reply.cost_usd, estimated=reply.estimated))
         if not reply.cached:
             self._trace.waits.append((self.name, reply.timing.queued_s))
 
     def _lost(self, request: ChatRequest, received: _Received, error: BaseException) -> None:
-        known = error.usage if isinstance(error, WorkerError) else None
-        if known is None and not received.begun and not _may_be_charged(error):
-            return
-        usage = received.usage(request, self._clock()) if known is None else known
-        self._trace.spent.append(Spent(usage, self._prices.usd(self.name, usage), estimated=known is None))
+        known = error.usage if isinstance(error, FuguError) else None
+        self._spend(taken for taken in received.close() if known is None or not taken.within)
+        if known is not None:
+            self._spend([Taken(known, estimated=False)])
+        if (known is None) if received.begun else _may_be_charged(error):
+            self._spend([Taken(received.usage(request), estimated=True)])
+
+    def _spend(self, taken: Iterable[Taken]) -> None:
+        self._trace.spent += (
+            Spent(each.usage, self._prices.usd(self.name, each.usage), each.estimated) for each in taken
+        )
 
 
 def _may_be_charged(error: BaseException) -> bool:
-    """Of a call that nothing was heard of: the provider may be at work on it. One that says no, or cannot be reached,
-    charges nothing."""
+    """Of an attempt that nothing was heard of: the provider may be at work on it. One that says no, or cannot be
+    reached, charges nothing."""
+    if isinstance(error, FuguError) and error.may_cost is not None:
+        return error.may_cost
     if isinstance(error, WorkerTimeoutError):
         return error.phase != "connect"
     return isinstance(error, (asyncio.CancelledError, GeneratorExit))
 
 
-@dataclass(slots=True)
 class _Received:
-    """What has come of an answer. `asked` and `first` are when it was asked for and when its first piece came."""
+    """What has come of an answer; `clock` in seconds. It was asked for when the worker last told of something."""
 
-    asked: float
-    first: float | None = None
-    told: Usage = field(default_factory=Usage)
-    size: int = 0
+    __slots__ = ("_asked", "_clock", "_closed", "_first", "_size", "_taken", "_told")
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._asked = clock()
+        self._first: float | None = None
+        self._told = Usage()
+        self._size = 0
+        self._taken: list[Taken] = []
+        self._closed = False
 
     @property
     def begun(self) -> bool:
-        return self.first is not None
+        return self._first is not None
 
-    def take(self, chunk: Chunk, now: float) -> None:
-        if self.first is None:
-            self.first = now
+    def told_of(self, taken: Taken) -> None:
+        """Not what comes once the call is over: an answer that several wait for is the first one's to pay, while it
+        waits."""
+        if not self._closed:
+            self._taken.append(taken)
+            self._asked = self._clock()
+
+    def close(self) -> list[Taken]:
+        """What was told of."""
+        self._closed = True
+        return self._taken
+
+    def take(self, chunk: Chunk) -> None:
+        if self._first is None:
+            self._first = self._clock()
         if chunk.usage is not None:
-            self.told = chunk.usage
-        self.size += text_size(chunk.text) + text_size(chunk.reasoning) + text_size(chunk.refusal)
-        self.size += sum(text_size(call.name or "") + text_size(call.arguments) for call in chunk.tool_calls)
+            self._told = chunk.usage
+        self._size += text_size(chunk.text) + text_size(chunk.reasoning) + text_size(chunk.refusal)
+        self._size += sum(text_size(call.name or "") + text_size(call.arguments) for call in chunk.tool_calls)
 
-    def usage(self, request: ChatRequest, now: float) -> Usage:
-        silent = int(_TOKENS_PER_SECOND * ((now if self.first is None else self.first) - self.asked))
-        written = size_tokens(self.size) + silent
+    def usage(self, request: ChatRequest) -> Usage:
+        silent = silent_tokens((self._clock() if self._first is None else self._first) - self._asked)
+        written = size_tokens(self._size) + silent
         if request.max_tokens is not None:
             written = min(written, request.max_tokens)
         return Usage(
-            self.told.input_tokens or estimate_tokens(request).input,
-            max(written, self.told.output_tokens),
-            self.told.cached_input_tokens,
-            self.told.reasoning_tokens,
-            self.told.cache_written_tokens,
+            self._told.input_tokens or estimate_tokens(request).input,
+            max(written, self._told.output_tokens),
+            self._told.cached_input_tokens,
+            self._told.reasoning_tokens,
+            self._told.cache_written_tokens,
         )

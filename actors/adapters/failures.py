@@ -123,7 +123,9 @@ def from_exception(error: Exception, *, worker: str, where: str, secrets: tuple[
         return WorkerUnavailableError(f"cannot connect to {where}: {said}", worker=worker)
     if isinstance(error, httpx.UnsupportedProtocol | httpx.DecodingError):
         return ProtocolError(f"{where}: {said}", worker=worker)
-    return WorkerUnavailableError(f"the connection to {where} broke: {said}", worker=worker)
+    broken = WorkerUnavailableError(f"the connection to {where} broke: {said}", worker=worker)
+    broken.broke = True
+    return broken
 
 
 def retry_after(headers: Mapping[str, str], blame: Blame | None = None, wall: float | None = None) -> float | None:
