@@ -95,7 +95,8 @@ class MetadataBody(Open):
 
 
 class CountBody(Open):
-    """What `count_tokens` takes, and the part that a message shares with it."""
+    """What `count_tokens` takes, and the part that a message shares with it. `output_format` is what
+    `output_config.format` was called while it was in beta."""
 
     model: Annotated[str, Field(min_length=1)]
     messages: Annotated[list[TurnBody], Field(min_length=1)]
@@ -104,6 +105,7 @@ class CountBody(Open):
     tool_choice: ToolChoiceBody | None = None
     thinking: ThinkingBody | None = None
     output_config: OutputConfigBody | None = None
+    output_format: OutputFormatBody | None = None
 
 
 class MessagesBody(CountBody):

@@ -97,7 +97,7 @@ def to_request(body: CountBody) -> ChatRequest:
         extra["cache_control"] = {"type": "ephemeral"} | ({"ttl": "1h"} if long else {})
     if body.thinking is not None:
         extra["thinking"] = body.thinking.model_dump(exclude_none=True)
-    wanted = body.output_config.format if body.output_config else None
+    wanted = (body.output_config.format if body.output_config else None) or body.output_format
     request = ChatRequest(
         messages=tuple(messages),
         tools=tools,

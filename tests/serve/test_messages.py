@@ -250,3 +250,5 @@ async def test_effort_and_schemas_reach_the_worker() -> None:
     assert request.reasoning_effort == "high"
     assert request.response_format is not None
     assert request.response_format.schema == schema
+    await client_of(worker).messages.create(**hello(), extra_body={"output_format": config["format"]})
+    assert worker.requests[1].response_format == request.response_format
