@@ -68,12 +68,14 @@ class Limits(Strict):
 
 class Price(Strict):
     """USD per million tokens. `cached_input` is for what is read from the provider's prompt cache, `cache_write` for
-    what is written to it; both default to `input`."""
+    what is written to it; both default to `input`. `cache_hour` is for what is written to be kept for an hour where the
+    provider tells it apart, as Anthropic does; it defaults to Anthropic's price, twice `input`."""
 
     input: Usd
     output: Usd
     cached_input: Usd | None = None
     cache_write: Usd | None = None
+    cache_hour: Usd | None = None
 
 
 class Timeout(Strict):

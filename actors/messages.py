@@ -160,13 +160,14 @@ class ChatRequest:
 class Usage:
     """Tokens of one call or a sum of calls. `cached_input_tokens`, read from a provider's prompt cache, and
     `cache_written_tokens`, written to it at a price of their own, are parts of `input_tokens`, `reasoning_tokens` one
-    of `output_tokens`."""
+    of `output_tokens`; `cache_hour_tokens`, written to be kept for an hour, one of those written."""
 
     input_tokens: int = 0
     output_tokens: int = 0
     cached_input_tokens: int = 0
     reasoning_tokens: int = 0
     cache_written_tokens: int = 0
+    cache_hour_tokens: int = 0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(
@@ -175,6 +176,7 @@ class Usage:
             self.cached_input_tokens + other.cached_input_tokens,
             self.reasoning_tokens + other.reasoning_tokens,
             self.cache_written_tokens + other.cache_written_tokens,
+            self.cache_hour_tokens + other.cache_hour_tokens,
         )
 
     @property

@@ -36,8 +36,10 @@ def price_of(usage: Usage, price: Price) -> float:
     """USD. What is read from a cache or written to it is a part of the input, reasoning of the output."""
     cached = price.input if price.cached_input is None else price.cached_input
     write = price.input if price.cache_write is None else price.cache_write
+    hour = 2 * price.input if price.cache_hour is None else price.cache_hour
     fresh = usage.input_tokens - usage.cached_input_tokens - usage.cache_written_tokens
-    read = fresh * price.input + usage.cached_input_tokens * cached + usage.cache_written_tokens * write
+    kept = (usage.cache_written_tokens - usage.cache_hour_tokens) * write + usage.cache_hour_tokens * hour
+    read = fresh * price.input + usage.cached_input_tokens * cached + kept
     return (read + usage.output_tokens * price.output) / 1e6
 
 
@@ -47,9 +49,10 @@ def _listed(spec: WorkerSpec) -> Pricing:
 
     def cost(usage: Usage) -> float | None:
         tokens = genai_prices.Usage(
-            input_tokens=usage.input_tokens,
+            # The list knows the price of five minutes only; an hour costs twice the input.
+            input_tokens=usage.input_tokens + usage.cache_hour_tokens,
             cache_read_tokens=usage.cached_input_tokens,
-            cache_write_tokens=usage.cache_written_tokens,
+            cache_write_tokens=usage.cache_written_tokens - usage.cache_hour_tokens,
             output_tokens=usage.output_tokens,
         )
         try:

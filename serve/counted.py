@@ -146,4 +146,5 @@ class _Received:
             self._told.cached_input_tokens,
             self._told.reasoning_tokens,
             self._told.cache_written_tokens,
+            self._told.cache_hour_tokens,
         )

@@ -51,6 +51,9 @@ CREATE TABLE IF NOT EXISTS recent (
 CREATE TABLE IF NOT EXISTS estimated (
     key TEXT NOT NULL, month TEXT NOT NULL, usd REAL NOT NULL, PRIMARY KEY (key, month)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS cache_written (
+    key TEXT NOT NULL, month TEXT NOT NULL, tokens INTEGER NOT NULL, PRIMARY KEY (key, month)
+) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS recent_key ON recent (key, at);
 CREATE TABLE IF NOT EXISTS held (
     id INTEGER PRIMARY KEY, key TEXT NOT NULL, month TEXT NOT NULL, until REAL NOT NULL, usd REAL NOT NULL
@@ -282,7 +285,9 @@ class KeyBook:
         if row is None:
             return Used()
         guessed = connection.execute("SELECT usd FROM estimated WHERE key = ? AND month = ?", (id, _month(now)))
-        return Used(row[0], Usage(*row[1:5]), row[5], row[6], (guessed.fetchone() or (0.0,))[0])
+        kept = connection.execute("SELECT tokens FROM cache_written WHERE key = ? AND month = ?", (id, _month(now)))
+        usage = replace(Usage(*row[1:5]), cache_written_tokens=(kept.fetchone() or (0,))[0])
+        return Used(row[0], usage, row[5], row[6], (guessed.fetchone() or (0.0,))[0])
 
 
 def _add(
@@ -293,6 +298,12 @@ def _add(
         connection.execute(
             "INSERT INTO estimated VALUES (?, ?, ?) ON CONFLICT (key, month) DO UPDATE SET usd = usd + excluded.usd",
             (key, month, estimated_usd),
+        )
+    if usage.cache_written_tokens:
+        connection.execute(
+            "INSERT INTO cache_written VALUES (?, ?, ?) "
+            "ON CONFLICT (key, month) DO UPDATE SET tokens = tokens + excluded.tokens",
+            (key, month, usage.cache_written_tokens),
         )
     connection.execute(
         "INSERT INTO usage VALUES (?, ?, 1, ?, ?, ?, ?, ?, ?) ON CONFLICT (key, month) DO UPDATE SET "

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from actors.console import error_line
 from actors.errors import FuguError
+from actors.messages import Usage
 from serve.keys import Key, KeyBook, Used
 
 app = typer.Typer(help="API keys with limits and budgets of their own.", no_args_is_help=True)
@@ -49,10 +50,9 @@ def list_keys() -> None:
     for key, used in KeyBook().list():
         day = datetime.fromtimestamp(key.created, UTC).strftime("%Y-%m-%d")
         state = "[red]revoked[/]" if key.revoked is not None else _limits(key)
-        tokens = f"{used.usage.input_tokens} + {used.usage.output_tokens}"
         table.add_row(
-            key.id, escape(key.name), _names(key.models), _names(key.workers), state, str(used.requests), tokens,
-            _money(key, used), day,
+            key.id, escape(key.name), _names(key.models), _names(key.workers), state, str(used.requests),
+            _tokens(used.usage), _money(key, used), day,
         )  # fmt: skip
     out.print(table)
 
@@ -83,6 +83,14 @@ def _limits(key: Key) -> str:
     if key.tokens_per_minute is not None:
         parts.append(f"{key.tokens_per_minute} tokens/min")
     return ", ".join(parts)
+
+
+def _tokens(usage: Usage) -> str:
+    """Read and written, and what of the input was read from providers' prompt caches and written to them."""
+    caches = {"cached": usage.cached_input_tokens, "to caches": usage.cache_written_tokens}
+    notes = [f"{tokens} {what}" for what, tokens in caches.items() if tokens]
+    both = f"{usage.input_tokens} + {usage.output_tokens}"
+    return f"{both} ({'; '.join(notes)})" if notes else both
 
 
 def _money(key: Key, used: Used) -> str:

@@ -80,6 +80,7 @@ class Trace:
             min(usage.cached_input_tokens, taken.cached_input_tokens),
             min(usage.reasoning_tokens, taken.reasoning_tokens),
             min(usage.cache_written_tokens, taken.cache_written_tokens),
+            min(usage.cache_hour_tokens, taken.cache_hour_tokens),
         )
 
     def body(self, reply: ChatReply | None, now: float, visible: Usage | None = None) -> dict[str, Any]:

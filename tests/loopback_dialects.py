@@ -278,6 +278,10 @@ def anthropic_usage(usage: Usage) -> dict[str, Any]:
     return {
         "input_tokens": usage.input_tokens - usage.cached_input_tokens - usage.cache_written_tokens,
         "cache_creation_input_tokens": usage.cache_written_tokens,
+        "cache_creation": {
+            "ephemeral_5m_input_tokens": usage.cache_written_tokens - usage.cache_hour_tokens,
+            "ephemeral_1h_input_tokens": usage.cache_hour_tokens,
+        },
         "cache_read_input_tokens": usage.cached_input_tokens,
         "output_tokens": usage.output_tokens,
         "output_tokens_details": {"thinking_tokens": usage.reasoning_tokens},

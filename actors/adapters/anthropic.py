@@ -403,11 +403,13 @@ class _Reader:
         self._usage |= {name: value for name, value in usage.items() if value is not None}
         cached = count(self._usage.get("cache_read_input_tokens"))
         written = count(self._usage.get("cache_creation_input_tokens"))
+        lasting = self._usage.get("cache_creation") or {}
         details = self._usage.get("output_tokens_details") or {}
         self.answer.usage = Usage(
             input_tokens=count(self._usage.get("input_tokens")) + cached + written,
             output_tokens=count(self._usage.get("output_tokens")),
             cached_input_tokens=cached,
             cache_written_tokens=written,
+            cache_hour_tokens=min(written, count(lasting.get("ephemeral_1h_input_tokens"))),
             reasoning_tokens=count(details.get("thinking_tokens")),
         )

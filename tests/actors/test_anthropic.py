@@ -292,6 +292,15 @@ async def test_tokens_written_to_the_cache_are_input(provider: LoopbackProvider,
     assert reply.usage == Usage(input_tokens=123, output_tokens=9, cached_input_tokens=100, cache_written_tokens=20)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_is_kept_for_an_hour_is_told_apart(
+    provider: LoopbackProvider, adapter: Adapter, stream: bool
+) -> None:
+    provider.default = Behaviour(text="hi", usage=Usage(123, 9, 100, cache_written_tokens=20, cache_hour_tokens=15))
+    reply = await drain(adapter) if stream else await adapter.complete(SIMPLE, CallContext())
+    assert reply.usage == provider.default.usage
+
+
 async def test_error_types_inside_a_stream(provider: LoopbackProvider, adapter: Adapter) -> None:
     provider.default = Behaviour(error_after=0, error_code="invalid_request_error", error="prompt is too long")
     with pytest.raises(WorkerRejectedError, match="prompt is too long"):

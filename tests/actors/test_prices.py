@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -36,6 +37,12 @@ def test_what_is_written_to_a_cache_has_a_price_of_its_own() -> None:
     assert pricing(spec(**claude))(usage) == pytest.approx(listed)
     price = {"input": 5.0, "output": 25.0, "cached_input": 0.5, "cache_write": 6.25}
     assert pricing(spec(**claude, price=price))(usage) == pytest.approx(listed)
+    # Kept for an hour it is 10 per million, where it is told how much that is.
+    lasting = replace(usage, cache_hour_tokens=300)
+    dearer = listed + 300 * 3.75 / 1e6
+    assert pricing(spec(**claude))(lasting) == pricing(spec(**claude, price=price))(lasting) == pytest.approx(dearer)
+    own = pricing(spec(**claude, price=price | {"cache_hour": 7.25}))
+    assert own(lasting) == pytest.approx(listed + 300 * 1.0 / 1e6)
     del price["cache_write"]
     assert pricing(spec(**claude, price=price))(usage) == pytest.approx(listed - 500 * 1.25 / 1e6)
 

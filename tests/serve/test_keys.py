@@ -296,12 +296,13 @@ def test_the_months_usage_is_the_sum_of_its_requests(
     async def spend() -> None:
         book = KeyBook(path)
         for read, written, usd in requests:
-            await book.settle(key, await book.admit(key, 10), Usage(read, written, read // 2, written // 2), usd)
+            usage = Usage(read, written, read // 2, written // 2, read // 4)
+            await book.settle(key, await book.admit(key, 10), usage, usd)
 
     asyncio.run(spend())
     (_, used), *_ = KeyBook(path).list()
     assert used.requests == len(requests)
-    assert used.usage == sum((Usage(r, w, r // 2, w // 2) for r, w, _ in requests), Usage())
+    assert used.usage == sum((Usage(r, w, r // 2, w // 2, r // 4) for r, w, _ in requests), Usage())
     assert used.usd == pytest.approx(sum(usd or 0.0 for _, _, usd in requests))
     assert used.unpriced == sum(usd is None for _, _, usd in requests)
 
@@ -517,6 +518,8 @@ def test_the_commands() -> None:
     listed = run.invoke(keys_cli.app, ["list"])
     assert key.id in listed.stdout
     assert secret not in listed.stdout
+    asyncio.run(KeyBook().settle(key, 0, Usage(90, 5, 30, cache_written_tokens=40), 0.5))
+    assert keys_cli._tokens(KeyBook().list()[0][1].usage) == "90 + 5 (30 cached; 40 to caches)"
     assert run.invoke(keys_cli.app, ["revoke", key.id]).exit_code == 0
     assert run.invoke(keys_cli.app, ["revoke", key.id]).exit_code == 1
 
