@@ -297,7 +297,7 @@ async def test_what_is_kept_for_an_hour_is_told_apart(
     provider: LoopbackProvider, adapter: Adapter, stream: bool
 ) -> None:
     provider.default = Behaviour(text="hi", usage=Usage(123, 9, 100, cache_written_tokens=20, cache_hour_tokens=15))
-    reply = await drain(adapter) if stream else await adapter.complete(SIMPLE, CallContext())
+    reply = (await drain(adapter))[1] if stream else await adapter.complete(SIMPLE, CallContext())
     assert reply.usage == provider.default.usage
 
 
