@@ -260,6 +260,7 @@ class ConductorConfig(Strict):
     long a workflow that waits for the caller's tools is kept, `memory` the file that it is kept in.
     `pins` are adapters that stay: `20261123: adapters/old` serves `fugu-ultra-20261123` beside the rolling name, with
     the router's pin of that date. What an adapter was trained with (`style`, `show_names`, `steps`) is read beside it.
+    `pin_sha256` says what the weights of a pin's adapter must be, by their SHA-256 in hexadecimal digits.
     """
 
     worker: Name | None = None
@@ -267,6 +268,7 @@ class ConductorConfig(Strict):
     model: str | None = Field(default=None, min_length=1)
     adapter: Path | None = None
     pins: dict[Pin, Path] = {}
+    pin_sha256: dict[Pin, Sha256] = {}
     device: Literal["auto", "cpu", "cuda"] = "auto"
     gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     max_batch: PositiveInt = 16
@@ -296,7 +298,7 @@ class ConductorConfig(Strict):
     def _one_engine(self) -> ConductorConfig:
         if (self.worker is None) == (self.model is None):
             raise ValueError("needs either `worker`, one of the pool, or `model`, one of its own")
-        own = {"provider", "adapter", "pins", "device", "gpus", "max_batch", "context", "timeout"}
+        own = {"provider", "adapter", "pins", "pin_sha256", "device", "gpus", "max_batch", "context", "timeout"}
         own &= self.model_fields_set
         if self.worker is not None and own:
             raise ValueError(f"{', '.join(sorted(own))}: of a `model`, and the conductor is the worker {self.worker}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from actors.config import RouterConfig
-from actors.errors import ConfigError
+from actors.errors import CheckpointError, ConfigError
 
 
 def why_no_roles(config: RouterConfig) -> str | None:
@@ -57,16 +57,24 @@ def check_pins(config: RouterConfig, rolling: object) -> None:
 
 def check_digest(config: RouterConfig, pin: str) -> None:
     """Raises:
-    ConfigError: the pin's file is not the one that its digest was taken of.
+    CheckpointError: see `check_pinned`.
     """
-    wanted = config.pin_sha256.get(pin)
+    check_pinned("router", pin, config.pins[pin], config.pin_sha256.get(pin))
+
+
+def check_pinned(part: str, pin: str, file: Path, wanted: str | None) -> None:
+    """`part` of the configuration has the pin; `wanted` is the digest that it says, if any.
+
+    Raises:
+        CheckpointError: the pin's file is not the one that its digest was taken of.
+    """
     if wanted is None:
         return
-    found = digest(config.pins[pin])
+    found = digest(file)
     if found != wanted:
-        raise ConfigError(
-            f"router.pins.{pin}: {config.pins[pin]} has the SHA-256 {found or '(it cannot be read)'}, and not {wanted} "
-            "as router.pin_sha256 says: it is another file than the one that was pinned. Put that one back, or give "
+        raise CheckpointError(
+            f"{part}.pins.{pin}: {file} has the SHA-256 {found or '(it cannot be read)'}, and not {wanted} "
+            f"as {part}.pin_sha256 says: it is another file than the one that was pinned. Put that one back, or give "
             "the new one a pin of its own"
         )
 

@@ -14,6 +14,7 @@ from orchestrator.budget import Budget, Price
 from orchestrator.conductor import ConductorSettings, PromptSettings
 from orchestrator.conductor_card import ConductorCard, numbering, read_card
 from orchestrator.executor import ExecutorSettings
+from serve.checkpoint import check_pinned
 from serve.prices import Prices
 
 Number = TypeVar("Number", int, float)
@@ -99,7 +100,8 @@ def why_no_conductor(config: FuguConfig) -> str | None:
     """Why `fugu-ultra` is not served; None: it is.
 
     Raises:
-        CheckpointError: the conductor's adapter does not fit the configuration.
+        CheckpointError: the conductor's adapter does not fit the configuration, or a pin's is not what its digest
+            says.
     """
     conductor = config.conductor
     if conductor is None:
@@ -109,6 +111,12 @@ def why_no_conductor(config: FuguConfig) -> str | None:
     for pin, folder in conductor.pins.items():
         if not (folder / WEIGHTS).is_file():
             raise CheckpointError(f"conductor.pins.{pin}: {folder} has no {WEIGHTS} that can be read from here")
+        check_pinned("conductor", pin, folder / WEIGHTS, conductor.pin_sha256.get(pin))
+    for pin in conductor.pin_sha256:
+        if pin not in conductor.pins:
+            raise CheckpointError(
+                f"conductor.pin_sha256.{pin}: there is no such pin; add it to conductor.pins, or take this out"
+            )
     for each in (None, *conductor.pins):
         _checked_card(config, _pinned(conductor, each))
     return None

@@ -119,6 +119,30 @@ def test_pins_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
         why_no_conductor(config_of(tmp_path, model="m", pins={OLD: old}))
 
 
+def test_a_pin_whose_adapter_was_exchanged_is_refused(tmp_path: Path) -> None:
+    old, found = adapter(tmp_path / "old"), hashlib.sha256(b"old").hexdigest()
+    path = tmp_path / "pool.yaml"
+
+    def written(digest: str, pin: str = OLD) -> FuguConfig:
+        path.write_text(
+            "workers: [{name: a, provider: local, model: m}, {name: b, provider: local, model: m}]\n"
+            f"conductor: {{model: m, pins: {{{OLD}: old}}, pin_sha256: {{{pin}: {digest}}}}}\n"
+        )
+        return load_config(path)
+
+    assert why_no_conductor(written(found)) is None
+    (application,) = yaml.safe_load(text(serve_config(path)))["applications"]
+    assert application["args"]["config"]["conductor"]["pin_sha256"] == {OLD: found}
+    with pytest.raises(CheckpointError, match="there is no such pin"):
+        why_no_conductor(written(found, "20261102"))
+    with pytest.raises(ConfigError, match="pin_sha256"):
+        written("9f86")
+    kept = written(found)
+    (old / WEIGHTS).write_bytes(b"another")
+    with pytest.raises(CheckpointError, match=f"conductor.pins.{OLD}.*, and not {found}"):
+        why_no_conductor(kept)
+
+
 def test_a_file_says_it_with_dates_and_relative_paths(tmp_path: Path) -> None:
     old = adapter(tmp_path / "old")
     path = tmp_path / "pool.yaml"
