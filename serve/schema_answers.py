@@ -186,9 +186,9 @@ class MessageUsage(BaseModel):
     cache_creation_input_tokens: Tokens
     cache_read_input_tokens: Tokens
     output_tokens_details: dict[str, Tokens]
-    orchestration_input_tokens: Tokens | None = None
-    orchestration_input_cached_tokens: Tokens | None = None
-    orchestration_output_tokens: Tokens | None = None
+    orchestration_input_tokens: Tokens
+    orchestration_input_cached_tokens: Tokens
+    orchestration_output_tokens: Tokens
 
 
 class MessageBlock(BaseModel):

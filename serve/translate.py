@@ -173,11 +173,9 @@ def usage_body(usage: Usage) -> dict[str, Any]:
 
 
 def tokens_body(visible: Usage, total: Usage) -> dict[str, Any]:
-    """The usage of an answer: what the caller sees of it, and, where more calls were made for it, the rest as
+    """The usage of an answer: what the caller sees of it, and the tokens of other calls that were made for it as
     orchestration tokens, which come on top and are part of the total."""
     body = usage_body(visible)
-    if visible == total:
-        return body
     body["total_tokens"] = total.total_tokens
     body["prompt_tokens_details"] |= {
         "orchestration_input_tokens": total.input_tokens - visible.input_tokens,

@@ -258,20 +258,16 @@ def _cache_marks(body: CountBody) -> list[dict[str, Any]]:
 def usage_body(visible: Usage, total: Usage) -> dict[str, Any]:
     """Anthropic counts what was read from a cache, or written to it, beside the input. Orchestration tokens come on
     top."""
-    usage: dict[str, Any] = {
+    return {
         "input_tokens": visible.input_tokens - visible.cached_input_tokens - visible.cache_written_tokens,
         "cache_creation_input_tokens": visible.cache_written_tokens,
         "cache_read_input_tokens": visible.cached_input_tokens,
         "output_tokens": visible.output_tokens,
         "output_tokens_details": {"thinking_tokens": visible.reasoning_tokens},
+        "orchestration_input_tokens": total.input_tokens - visible.input_tokens,
+        "orchestration_input_cached_tokens": total.cached_input_tokens - visible.cached_input_tokens,
+        "orchestration_output_tokens": total.output_tokens - visible.output_tokens,
     }
-    if total != visible:
-        usage |= {
-            "orchestration_input_tokens": total.input_tokens - visible.input_tokens,
-            "orchestration_input_cached_tokens": total.cached_input_tokens - visible.cached_input_tokens,
-            "orchestration_output_tokens": total.output_tokens - visible.output_tokens,
-        }
-    return usage
 
 
 def stop_body(reply: ChatReply) -> dict[str, Any]:

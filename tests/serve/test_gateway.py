@@ -159,8 +159,12 @@ async def test_a_whole_answer() -> None:
             "prompt_tokens": 5,
             "completion_tokens": 3,
             "total_tokens": 8,
-            "prompt_tokens_details": {"cached_tokens": 1},
-            "completion_tokens_details": {"reasoning_tokens": 2},
+            "prompt_tokens_details": {
+                "cached_tokens": 1,
+                "orchestration_input_tokens": 0,
+                "orchestration_input_cached_tokens": 0,
+            },
+            "completion_tokens_details": {"reasoning_tokens": 2, "orchestration_output_tokens": 0},
         },
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,18 @@ async def test_an_answer_put_right_is_charged_once(path: Path, over_link: bool, 
             fields = body(stream=stream, response_format=SHAPED)
             await served.client(secret).post("/v1/chat/completions", json=fields)
     assert (used_of(path).usage, used_of(path).estimated_usd) == (Usage(110, 29), 0.0)
+
+
+@both_kinds
+@pytest.mark.parametrize("where", ["chat/completions", "responses", "messages"])
+async def test_who_took_one_call_is_told_of_no_orchestration(path: Path, where: str, stream: bool) -> None:
+    """The counts are there, and 0."""
+    asked = {"model": "fugu", "input": "hello"} if where == "responses" else body()
+    if stream and where == "chat/completions":
+        asked["stream_options"] = {"include_usage": True}
+    with LoopbackProvider(RIGHT) as provider:
+        async with serving(path.parent, config_of(provider)) as served:
+            response = await served.client().post(f"/v1/{where}", json=asked | {"stream": stream})
+    kinds = ("orchestration_input_tokens", "orchestration_input_cached_tokens", "orchestration_output_tokens")
+    for kind in kinds:
+        assert re.findall(rf'"{kind}":(\d+)', response.text) == ["0"], kind
