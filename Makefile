@@ -10,13 +10,14 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 # torch processes that share two cores must not spin while they wait for each other.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup serve test lint test-fast test-vllm test-clients bench clean
+.PHONY: help setup serve test lint test-fast test-vllm clients test-clients bench clean
 
 help:
 	@echo "make serve      set up if needed, then serve the embedded pool on http://127.0.0.1:8000"
 	@echo "make test       set up if needed, then lint, type check and run every test"
 	@echo "make test-fast  the tests without real models and without Ray"
 	@echo "make test-vllm  the vLLM adapter for real, in a virtual environment of its own (CPU build)"
+	@echo "make clients    Codex, Claude Code and OpenCode from npm, into build/clients, for the tests"
 	@echo "make test-clients  Codex, Claude Code and OpenCode (from npm) and the SDKs against the server"
 	@echo "make bench      every script in benchmarks/, quick versions"
 
@@ -47,8 +48,10 @@ test-vllm:
 	sh tests/vllm/run.sh
 
 # The versions that were tried; a newer one may ask for more.
-test-clients: setup
+clients:
 	npm install --silent --no-audit --no-fund --prefix build/clients @openai/codex@0.169.0 @anthropic-ai/claude-code@2.1.197 opencode-ai@1.18.33
+
+test-clients: setup clients
 	$(VENV)/bin/pytest -q tests/clients
 
 bench: setup

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -122,12 +123,29 @@ def test_up_submit_deploy_down_for_real() -> None:
 @pytest.mark.parametrize("kind", head_restart.KINDS)
 def test_the_head_dies_and_comes_back(kind: str) -> None:
     reason = head_restart.why_not(kind)
-    if not os.environ.get("FUGU_CLUSTER_TESTS"):
-        reason = "takes minutes and several gigabytes: set FUGU_CLUSTER_TESTS=1"
+    usual = "rocksdb" if head_restart.why_not("redis") else "redis"
+    if kind != usual and not os.environ.get("FUGU_CLUSTER_TESTS"):
+        reason = f"takes minutes, and {usual} was tried: set FUGU_CLUSTER_TESTS=1"
     if reason is not None:
         pytest.skip(reason)
     code, output = ran("tests.cluster.head_restart", kind)
     assert code == 0, output[-4000:]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(SECONDS + 60)
+def test_what_waits_makes_the_cluster_grow() -> None:
+    reason = machines.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    code, output = ran("tests.cluster.growing")
+    assert code == 0, output[-4000:]
+    report = json.loads(output.splitlines()[-1])
+    assert report["before"] == {"nodes": 1, "egress": 0, "rollout": 0}
+    assert report["most"]["egress"] == 1
+    assert report["most"]["rollout"] >= 2, "lanes that wait are asked for together"
+    assert report["most"]["nodes"] == 1 + report["most"]["egress"] + report["most"]["rollout"]
+    assert (report["generations"], report["written"]) == (2, True)
 
 
 def ran(module: str, *arguments: str) -> tuple[int, str]:
