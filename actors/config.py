@@ -210,7 +210,8 @@ class RouterConfig(Strict):
     conversation the backbone reads (longer ones lose their middle). `max_turns` and `guard` are for `fugu-trinity`,
     where the checkpoint has roles: the most turns of a session, and whether it always ends with an answer.
     `stay_margin` is by how much (in probability) another worker must be better than the one of the turn before to take
-    over a conversation within `stay_seconds`, the life of a provider's prompt cache; 0 always takes the best.
+    over a conversation within `stay_seconds`, the life of a provider's prompt cache; it counts for the part of the
+    prompt that would be read from there. 0 always takes the best.
     `pins` are checkpoints that stay: `20261123: old.safetensors` serves `fugu-20261123` (and, if it has roles,
     `fugu-trinity-20261123`; `fugu-ultra-20261123` where the conductor is pinned, too, or has no adapter) beside the
     rolling names, for who wants to freeze behaviour. Each is a backbone more in the

@@ -1,24 +1,13 @@
-"""Who a conversation stays with.
-
-Inside a tool loop the worker that asked for a tool gets its result: its name is in the id of the call
-(`actors.marks`), so nothing has to be remembered. Between user turns the router decides anew, and the worker of the
-turn before keeps the conversation unless another is better by more than `router.stay_margin`: switching loses the
-prompt cache that its provider has of the conversation. Such a cache lives minutes, so after `router.stay_seconds`
-there is nothing to lose and the best worker is taken. Who gave the last answer is remembered by a digest of its
-words, in this process only: where it is not known, the router's choice stands.
-"""
+"""Inside a tool loop the worker that asked for a tool gets its result: its name is in the id of the call
+(`actors.marks`), so nothing has to be remembered. Between user turns see `serve.last_answers`."""
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from actors.marks import mark, unmark, worker_tag
 from actors.messages import ChatReply, ChatRequest, Chunk, Message, ToolCall
-
-_REMEMBERED = 16384
 
 
 class Marks:
@@ -77,44 +66,3 @@ def marked_reply(reply: ChatReply, worker: str) -> ChatReply:
         return reply
     calls: tuple[ToolCall, ...] = tuple(replace(call, id=mark(call.id, worker)) for call in reply.tool_calls)
     return replace(reply, tool_calls=calls)
-
-
-class LastAnswers:
-    """Who gave the answers of the last `seconds`, by what they said. `clock` in seconds."""
-
-    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
-        self._seconds = seconds
-        self._clock = clock
-        self._known: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
-
-    def remember(self, messages: Sequence[Message], text: str, worker: str) -> None:
-        key = _digest(_asked(messages), text)
-        self._known[key] = (worker, self._clock())
-        self._known.move_to_end(key)
-        if len(self._known) > _REMEMBERED:
-            self._known.popitem(last=False)
-
-    def worker(self, messages: Sequence[Message]) -> str | None:
-        """Who gave the last answer of this conversation, if it was lately."""
-        for at in range(len(messages) - 1, -1, -1):
-            if messages[at].role == "assistant":
-                known = self._known.get(_digest(_asked(messages[:at]), messages[at].text))
-                return known[0] if known is not None and self._clock() - known[1] <= self._seconds else None
-        return None
-
-
-def stay(chosen: str | None, before: str | None, probabilities: Mapping[str, float], margin: float) -> str | None:
-    """The worker to ask first: the one before, unless the chosen one is better by more than the margin."""
-    if before is None or chosen is None or before not in probabilities:
-        return chosen
-    return chosen if probabilities.get(chosen, 0.0) - probabilities[before] > margin else before
-
-
-def _asked(messages: Sequence[Message]) -> str:
-    return next((message.text for message in reversed(messages) if message.role == "user"), "")
-
-
-def _digest(asked: str, answered: str) -> bytes:
-    digest = hashlib.blake2b(asked.encode("utf-8", "surrogatepass"), digest_size=16)
-    digest.update(b"\0" + answered.strip().encode("utf-8", "surrogatepass"))
-    return digest.digest()

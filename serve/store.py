@@ -53,11 +53,13 @@ class Store(Protocol):
 
 
 class SqliteStore:
-    """See `Store`. SQLite is called in one thread of the store's own, never in the event loop."""
+    """See `Store`. SQLite is called in one thread of the store's own, never in the event loop. Beyond about `most`
+    values those that would expire soonest are forgotten."""
 
-    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time, most: int | None = None) -> None:
         self._database = Database(path, _SCHEMA)
         self._clock = clock
+        self._most = most
         self._puts = 0
 
     async def put(self, values: Sequence[Kept], owner: str, *, seconds: float) -> None:
@@ -73,6 +75,12 @@ class SqliteStore:
             )
             if self._puts % _PURGE_EVERY == 0:
                 connection.execute("DELETE FROM kept WHERE expires < ?", (self._clock(),))
+                if self._most is not None:
+                    connection.execute(
+                        "DELETE FROM kept WHERE (kind, id) IN "
+                        "(SELECT kind, id FROM kept ORDER BY expires DESC LIMIT -1 OFFSET ?)",
+                        (self._most,),
+                    )
             self._puts += 1
 
         await self._database.run(write)

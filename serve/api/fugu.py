@@ -11,7 +11,7 @@ from actors.messages import ChatReply, Worker
 from orchestrator import dispatch
 from orchestrator.dispatch import rank
 from serve.api.job import Deciding, Done, Event, Job
-from serve.sticky import LastAnswers, Marks, marked_chunk, marked_reply, stay
+from serve.sticky import Marks, marked_chunk, marked_reply
 
 
 class FuguEngine:
@@ -20,8 +20,6 @@ class FuguEngine:
     def __init__(self, deciding: Deciding) -> None:
         self._deciding = deciding
         self._marks = Marks(deciding.workers)
-        self._margin = deciding.router.stay_margin
-        self._answers = LastAnswers(deciding.router.stay_seconds, time.monotonic)
 
     async def run(self, job: Job) -> AsyncGenerator[Event, None]:
         trace, record = job.trace, job.trace.record
@@ -31,7 +29,7 @@ class FuguEngine:
         workers = await self._decide(job, asker)
         if not job.stream:
             reply = await dispatch.complete(workers, request, record=record, clock=time.perf_counter)
-            yield self._done(job, reply)
+            yield await self._done(job, reply)
             return
         chunks = dispatch.stream(workers, request, record=trace.record, clock=time.perf_counter)
         async with aclosing(chunks):
@@ -41,7 +39,7 @@ class FuguEngine:
                     continue
                 if chunk.text or chunk.reasoning or chunk.tool_calls or chunk.thoughts or chunk.refusal:
                     yield marked_chunk(replace(chunk, final=None), record.worker or "")
-                yield self._done(job, chunk.final)
+                yield await self._done(job, chunk.final)
 
     async def _decide(self, job: Job, asker: str | None) -> list[Worker]:
         deciding, wishes = self._deciding, job.wishes
@@ -49,19 +47,12 @@ class FuguEngine:
             job.trace.choice = deciding.staying(asker)
             order = rank(asker, {}, wishes.allowed, deciding.router.fallbacks)
         else:
-            choice, order = await deciding.choose(job.request, wishes, seed=wishes.seed)
-            if self._margin:
-                before = self._answers.worker(job.request.messages)
-                first = stay(choice.worker, before, choice.probabilities, self._margin)
-                if first != choice.worker:
-                    choice = replace(choice, worker=first, source="stay")
-                    order = rank(first, choice.probabilities, wishes.allowed, deciding.router.fallbacks)
-            job.trace.choice = choice
+            before = await deciding.answers.before(job.request, job.caller.id)
+            job.trace.choice, order = await deciding.choose(job.request, wishes, seed=wishes.seed, before=before)
         return [deciding.counted(deciding.workers[name], job.trace) for name in order]
 
-    def _done(self, job: Job, reply: ChatReply) -> Done:
+    async def _done(self, job: Job, reply: ChatReply) -> Done:
         worker = job.trace.record.worker or reply.worker
-        if self._margin:
-            self._answers.remember(job.request.messages, reply.text, worker)
+        await self._deciding.answers.remember(job.request, reply, worker, job.caller.id)
         told = job.trace.body(reply, time.perf_counter()) if job.wishes.trace else None
         return Done.of(marked_reply(reply, worker), reply.usage, job.trace, told)

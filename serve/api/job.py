@@ -23,6 +23,7 @@ from orchestrator.dispatch import Resting, rank
 from serve.auth import ANYONE, Caller
 from serve.conductor import Knobs
 from serve.counted import Counted
+from serve.last_answers import Before, LastAnswers
 from serve.prices import Prices
 from serve.router import Choose, Decider, Question
 from serve.trace import Choice, Trace
@@ -98,6 +99,7 @@ class Deciding:
         self.workers: Mapping[str, Worker] = {worker.name: worker for worker in workers}
         self.prices = Prices(config)
         self.resting = Resting(time.monotonic)
+        self.answers = LastAnswers(config)
         self._decider = decider
         self._pin: str | None = None
         self._contexts = {spec.name: spec.context for spec in config.active if spec.context is not None}
@@ -107,9 +109,15 @@ class Deciding:
         return self.config.router
 
     async def choose(
-        self, request: ChatRequest, wishes: Wishes, *, seed: int | None, roles: bool = False
+        self,
+        request: ChatRequest,
+        wishes: Wishes,
+        *,
+        seed: int | None,
+        roles: bool = False,
+        before: Before | None = None,
     ) -> tuple[Choice, tuple[str, ...]]:
-        """The router's choice, and the names of the workers to try in order.
+        """The router's choice, or who gave the answer `before`, and the names of the workers to try in order.
 
         Raises:
             ContextLengthError: the conversation is longer than the context of every worker that is allowed.
@@ -118,6 +126,8 @@ class Deciding:
         awake = self.resting.awake(likely)
         with spans.span("decision") as span:
             choice = await self._decider.choose(self._question(request, awake, seed, wishes, roles))
+            if before is not None:
+                choice = before.over(choice)
             tell_choice(span, choice)
         # Those that rest, or are likely too small, come last: everyone else has failed by then.
         return choice, rank(choice.worker, choice.probabilities, allowed, self.router.fallbacks)

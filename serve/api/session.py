@@ -37,13 +37,17 @@ class TrinityEngine:
     async def run(self, job: Job) -> AsyncGenerator[Event, None]:
         deciding, wishes = self._deciding, job.wishes
         request, asker = self._marks.restore(job.request)
+        before = await deciding.answers.before(request, job.caller.id)
 
         async def ask(transcript: tuple[Message, ...], seed: int | None) -> tuple[Choice, tuple[str, ...]]:
             if asker in wishes.allowed and not playing.choices:
                 # The result of a tool goes to who asked for it; from the next turn on the router decides again.
                 choice = replace(deciding.staying(asker), role="worker")
                 return choice, rank(asker, {}, wishes.allowed, deciding.router.fallbacks)
-            return await deciding.choose(request.with_(messages=transcript), wishes, seed=seed, roles=True)
+            # A second Worker is there for what the first could not do.
+            last = before if playing.session.response is None else None
+            asked = request.with_(messages=transcript)
+            return await deciding.choose(asked, wishes, seed=seed, roles=True, before=last)
 
         workers = {name: deciding.counted(worker, job.trace) for name, worker in deciding.workers.items()}
         playing = Playing(request, ask, workers, deciding.router, wishes.seed, job.trace)
@@ -51,16 +55,17 @@ class TrinityEngine:
             reply = await playing.run()
             if wishes.show_turns:
                 reply = replace(reply, reasoning=playing.turns_text() + reply.reasoning)
-            yield self._done(playing, reply, job)
+            yield await self._done(playing, reply, job)
             return
         async with aclosing(playing.stream(show_turns=bool(wishes.show_turns))) as chunks:
             async for chunk in chunks:
                 worker = chunk.final.worker if chunk.final is not None else ""
                 yield marked_chunk(replace(chunk, final=None), worker)
                 if chunk.final is not None:
-                    yield self._done(playing, chunk.final, job)
+                    yield await self._done(playing, chunk.final, job)
 
-    def _done(self, playing: Playing, reply: ChatReply, job: Job) -> Done:
+    async def _done(self, playing: Playing, reply: ChatReply, job: Job) -> Done:
+        await self._deciding.answers.remember(playing.request, reply, reply.worker, job.caller.id)
         told = playing.told(reply) if job.wishes.trace else None
         reply = marked_reply(reply, reply.worker)
         return Done.of(reply, playing.visible(), job.trace, told)

@@ -1,4 +1,4 @@
-"""Who a conversation stays with: inside a tool loop, and between turns."""
+"""Who a conversation stays with inside a tool loop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from actors.errors import WorkerUnavailableError
 from actors.marks import mark, unmark, worker_tag
 from actors.messages import ChatRequest, Chunk, Message, ToolCall
-from serve.sticky import LastAnswers, Marks, stay
+from serve.sticky import Marks
 from tests.serve.test_gateway import Fixed, Scripted, gateway, post
 from tests.serve.test_responses import Says, calls
 from tests.serve.test_session import Plan, Player, trinity
@@ -101,42 +101,3 @@ async def test_a_session_goes_on_with_who_asked() -> None:
         ("a", "verifier", "head"),
     ]
     assert len(plan.questions) == 1, "the first turn needs no decision"
-
-
-@pytest.mark.parametrize(("margin", "expected"), [(0.0, "ab"), (0.1, "ab"), (0.3, "aa")])
-async def test_between_turns_the_gain_must_be_above_the_margin(margin: float, expected: str) -> None:
-    a, b = Says("a", Chunk("one")), Says("b", Chunk("two"))
-    decider = Fixed("a", {"a": 0.6, "b": 0.4})
-    app = gateway(a, b, decider=decider, stay_margin=margin)
-    first = (await post(app, fugu={"trace": True})).json()
-    decider.worker, decider.probabilities = "b", {"a": 0.4, "b": 0.6}
-    said = first["choices"][0]["message"]["content"]
-    messages = [
-        {"role": "user", "content": "hello"},
-        {"role": "assistant", "content": said},
-        {"role": "user", "content": "and?"},
-    ]
-    second = (await post(app, messages=messages, fugu={"trace": True})).json()
-    assert first["fugu"]["worker"] + second["fugu"]["worker"] == expected
-    assert second["fugu"]["source"] == ("stay" if expected == "aa" else "head")
-
-
-def test_an_answer_is_known_for_a_while() -> None:
-    now = 0.0
-    answers = LastAnswers(300.0, lambda: now)
-    asked = [Message("user", "hello")]
-    answers.remember(asked, "hi \n", "a")
-    talk = [*asked, Message("assistant", "hi"), Message("user", "and?")]
-    assert answers.worker(talk) == "a"
-    assert answers.worker([Message("user", "hullo"), *talk[1:]]) is None
-    assert answers.worker(asked) is None
-    now = 300.1
-    assert answers.worker(talk) is None, "the provider's cache is gone, and with it the reason to stay"
-
-
-@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
-def test_staying(one: float, other: float, margin: float) -> None:
-    chosen = stay("a", "b", {"a": one, "b": other}, margin)
-    assert (chosen == "a") == (one - other > margin)
-    assert stay("a", None, {"a": one}, margin) == "a"
-    assert stay("a", "gone", {"a": one}, margin) == "a"
