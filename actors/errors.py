@@ -62,7 +62,8 @@ class FuguError(Exception):
     """Base of all. `code` is a stable machine-readable word; `param` the offending field, if one is to blame.
 
     Of a call to a worker: `usage` is what it took all the same, where there was a whole answer that nobody gets to see;
-    `may_cost` whether the provider may charge for the attempt that failed, None where that is not known."""
+    `may_cost` whether the provider may charge for the attempt that failed, `queued_s` how long the worker's limits were
+    waited for; None where that is not known."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
@@ -70,6 +71,7 @@ class FuguError(Exception):
     retryable: ClassVar[bool] = False
     usage: Usage | None = None
     may_cost: bool | None = None
+    queued_s: float | None = None
 
     def __init__(
         self,

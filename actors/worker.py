@@ -158,6 +158,7 @@ class WorkerRuntime:
                 second, wrong = await shape.checked(await self._one(repaired(request, reply, wrong[1])))
             except FuguError as error:
                 error.usage = reply.usage
+                error.queued_s = (error.queued_s or 0.0) + reply.timing.queued_s
                 raise
             reply = joined(reply, second)
         if wrong is not None:
@@ -287,12 +288,16 @@ class _Call:
             async with asyncio.timeout_at(self._until):
                 return await call
         except TimeoutError:
-            error = self._too_long()
-            error.may_cost = self._lost is not None
-            raise error from None
+            raise self._told(self._too_long()) from None
         except FuguError as error:
-            error.may_cost = self._lost is not None
+            self._told(error)
             raise
+
+    def _told(self, error: FuguError) -> FuguError:
+        error.may_cost = self._lost is not None
+        if self.attempts or self.queued:  # and did not find the circuit open
+            error.queued_s = self.queued
+        return error
 
     async def retrying(self, attempt: Callable[[], Awaitable[Result]]) -> Result:
         """Make attempts until one succeeds or another cannot help: the error is not of a kind that passes, the
@@ -376,6 +381,8 @@ class _Call:
                 error = StreamBrokenError(self._too_long().message, worker=self._spec.name)
             elif isinstance(error, FuguError) and not isinstance(error, StreamBrokenError):
                 error = StreamBrokenError(error.message, worker=self._spec.name)
+            if isinstance(error, FuguError):
+                error.queued_s = self.queued
             raise self._failed(error) from None
         self._received(chunk)
         return chunk

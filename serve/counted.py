@@ -20,20 +20,28 @@ from actors.estimate import estimate_tokens, silent_tokens, size_tokens, text_si
 from actors.messages import ChatReply, ChatRequest, Chunk, Usage, Worker
 from actors.spending import Taken, told_to
 from serve.prices import Prices
-from serve.trace import Spent, Trace
+from serve.trace import Call, Spent, Trace
 
 
 class Counted:
-    """A worker whose calls are noted in a trace. `clock` in seconds."""
+    """A worker whose calls are noted in a trace. `role` is that of its calls (`serve.trace.Call`), None where they have
+    none of their own; `clock` in seconds."""
 
     def __init__(
-        self, worker: Worker, trace: Trace, prices: Prices, clock: Callable[[], float] = time.perf_counter
+        self,
+        worker: Worker,
+        trace: Trace,
+        prices: Prices,
+        clock: Callable[[], float] = time.perf_counter,
+        *,
+        role: str | None = None,
     ) -> None:
         self.name = worker.name
         self._worker = worker
         self._trace = trace
         self._prices = prices
         self._clock = clock
+        self._role = role
 
     async def complete(self, request: ChatRequest) -> ChatReply:
         received = _Received(self._clock)
@@ -72,9 +80,17 @@ class Counted:
         self._trace.spent.append(Spent(reply.usage, reply.cost_usd, estimated=reply.estimated))
         if not reply.cached:
             self._trace.waits.append((self.name, reply.timing.queued_s))
+        if self._role is not None:
+            choice = self._trace.choice
+            self._trace.calls.append(Call(self.name, self._role, None if choice is None else choice.domain))
 
     def _lost(self, request: ChatRequest, received: _Received, error: BaseException) -> None:
-        known = error.usage if isinstance(error, FuguError) else None
+        known = None
+        if isinstance(error, FuguError):
+            known = error.usage
+            self._trace.failures.append((self.name, error.code))
+            if error.queued_s is not None:
+                self._trace.waits.append((self.name, error.queued_s))
         self._spend(taken for taken in received.close() if known is None or not taken.within)
         if known is not None:
             self._spend([Taken(known, estimated=False)])

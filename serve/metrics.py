@@ -3,12 +3,15 @@
 fugu_requests_total{path, model, outcome}      outcome is ok, cancelled or an error's code
 fugu_request_seconds{path, model}              from the request's head to the answer's end
 fugu_first_byte_seconds{model, worker}         to the answer's first byte: of a stream, to the first piece of its text
-fugu_decision_seconds{source}                  the router's part of it
-fugu_queued_seconds{worker}                    waiting for the worker's limits, of every call that was answered
+fugu_decision_seconds{source}                  of each of the router's decisions, also of a session's turns and of the
+                                               steps that it gives out
+fugu_queued_seconds{worker}                    waiting for the worker's limits, of every call, also in vain
 fugu_answers_total{model, worker, source, domain}  who answered, how that was decided, and what kind of training tasks
                                                the question is like ("" where the head does not know)
-fugu_failures_total{worker, code}              attempts that failed; circuit_open is the breaker's
-fugu_fallbacks_total{model, worker}            attempts that failed where others answered in their place
+fugu_calls_total{model, worker, role, domain}  calls that were answered; role is answer, or of a session thinker, worker
+                                               or verifier, or of a workflow plan or step
+fugu_failures_total{worker, code}              calls that failed; circuit_open is the breaker's
+fugu_fallbacks_total{model, worker}            calls that failed where others answered in their place
 fugu_tokens_total{model, kind}                 kind is input, cached, output or reasoning
 fugu_cost_usd_total{model}                     of the calls whose price is known; like the tokens, of those that were
                                                broken off, too, as far as it can be told
@@ -52,8 +55,9 @@ class RayMeter:
         self._decision = Histogram("fugu_decision_seconds", "Seconds to decide", _SHORT, ("source",))
         self._queued = Histogram("fugu_queued_seconds", "Seconds of waiting for limits", _LONG, ("worker",))
         self._answers = Counter("fugu_answers", "Answers by worker", ("model", "worker", "source", "domain"))
-        self._failures = Counter("fugu_failures", "Failed attempts", ("worker", "code"))
-        self._fallbacks = Counter("fugu_fallbacks", "Failed attempts that others stood in for", ("model", "worker"))
+        self._calls = Counter("fugu_calls", "Calls that were answered", ("model", "worker", "role", "domain"))
+        self._failures = Counter("fugu_failures", "Failed calls", ("worker", "code"))
+        self._fallbacks = Counter("fugu_fallbacks", "Failed calls that others stood in for", ("model", "worker"))
         self._tokens = Counter("fugu_tokens", "Tokens", ("model", "kind"))
         self._cost = Counter("fugu_cost_usd", "USD", ("model",))
 
@@ -63,13 +67,15 @@ class RayMeter:
             return
         self._seconds.observe(now - trace.started, {"path": path, "model": model})
         choice, worker = trace.choice, trace.record.worker
-        if choice is not None:
-            self._decision.observe(choice.seconds, {"source": choice.source})
-        for attempt in trace.record.attempts:
-            if attempt.error is not None:
-                self._failures.inc(1, {"worker": attempt.worker, "code": attempt.error.code})
-                if trace.ended is not None:
-                    self._fallbacks.inc(1, {"model": model, "worker": attempt.worker})
+        for decision in trace.decisions:
+            self._decision.observe(decision.seconds, {"source": decision.source})
+        for call in trace.calls:
+            told = {"worker": call.worker, "role": call.role, "domain": call.domain or ""}
+            self._calls.inc(1, {"model": model, **told})
+        for failed, code in trace.failures:
+            self._failures.inc(1, {"worker": failed, "code": code})
+            if trace.ended is not None:
+                self._fallbacks.inc(1, {"model": model, "worker": failed})
         if worker is not None:
             how = {"source": choice.source, "domain": choice.domain or ""} if choice else {"source": "", "domain": ""}
             self._answers.inc(1, {"model": model, "worker": worker, **how})

@@ -37,20 +37,35 @@ class Spent:
     estimated: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call that was answered. `role` is answer, a turn's thinker, worker or verifier, or a workflow's plan or step;
+    `domain` that of the decision it was made by."""
+
+    worker: str
+    role: str
+    domain: str | None
+
+
 @dataclass(slots=True)
 class Trace:
     """Gathered while a request runs. All times in seconds. `turns` is of a session (`serve.api.session`), else None.
-    `spent` are the calls that were made, those that came to nothing too, and `waits` how long each that was answered
-    waited for its worker's limits. `ended` is what all calls took, where it came to an answer's end. `first_piece_s`
-    is when a stream's first piece of the answer was there, since the request began."""
+    `decisions` are all that were made, `choice` the one by which the answer came. `spent` are the calls that were made,
+    those that came to nothing too; `calls` those that were answered, `failures` the worker and the error's code of the
+    others; `waits` how long each waited for its worker's limits, as far as that is known. `ended` is what all calls
+    took, where it came to an answer's end. `first_piece_s` is when a stream's first piece of the answer was there,
+    since the request began."""
 
     request_id: str
     started: float
     choice: Choice | None = None
     record: Record = field(default_factory=Record)
+    decisions: list[Choice] = field(default_factory=list)
     dropped: tuple[str, ...] = ()
     turns: list[dict[str, Any]] | None = None
     spent: list[Spent] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    failures: list[tuple[str, str]] = field(default_factory=list)
     waits: list[tuple[str, float]] = field(default_factory=list)
     ended: Spent | None = None
     first_piece_s: float | None = None

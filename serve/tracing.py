@@ -39,7 +39,6 @@ def tell_request(span: Span, model: str, outcome: str, trace: Trace, status: int
     """Put into a request's span what became of it. `status` is the answer's, 0 where none was begun; what was the
     caller's own fault is told, and is no failure of the span (OpenTelemetry's conventions for HTTP servers)."""
     choice, taken = trace.choice, trace.taken if trace.spent else None
-    failed = sum(attempt.error is not None for attempt in trace.record.attempts)
     span.set(
         {
             "http.response.status_code": status or None,
@@ -47,7 +46,7 @@ def tell_request(span: Span, model: str, outcome: str, trace: Trace, status: int
             "fugu.outcome": outcome,
             "fugu.worker": trace.record.worker,
             "fugu.decision.source": choice.source if choice else None,
-            "fugu.failed_calls": failed,
+            "fugu.failed_calls": len(trace.failures),
             "fugu.time_to_first_token_s": trace.first_piece_s,
             "fugu.usage.input_tokens": taken.usage.input_tokens if taken else None,
             "fugu.usage.output_tokens": taken.usage.output_tokens if taken else None,

@@ -49,7 +49,8 @@ class FuguEngine:
         else:
             before = await deciding.answers.before(job.request, job.caller.id)
             job.trace.choice, order = await deciding.choose(job.request, wishes, seed=wishes.seed, before=before)
-        return [deciding.counted(deciding.workers[name], job.trace) for name in order]
+        job.trace.decisions.append(job.trace.choice)
+        return [deciding.counted(deciding.workers[name], job.trace, "answer") for name in order]
 
     async def _done(self, job: Job, reply: ChatReply) -> Done:
         worker = job.trace.record.worker or reply.worker

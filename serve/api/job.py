@@ -132,9 +132,9 @@ class Deciding:
         # Those that rest, or are likely too small, come last: everyone else has failed by then.
         return choice, rank(choice.worker, choice.probabilities, allowed, self.router.fallbacks)
 
-    def counted(self, worker: Worker, trace: Trace) -> Worker:
-        """The worker, whose calls are noted in the trace."""
-        return Counted(worker, trace, self.prices)
+    def counted(self, worker: Worker, trace: Trace, role: str | None = None) -> Worker:
+        """The worker, whose calls are noted in the trace, in this role if they all have one."""
+        return Counted(worker, trace, self.prices, role=role)
 
     def pinned(self, pin: str) -> Deciding:
         """Where the checkpoint of this pin decides."""

@@ -18,7 +18,7 @@ from orchestrator.dispatch import Attempt, rank
 from orchestrator.roles import answer_text
 from serve.api.job import Deciding, Done, Event, Job
 from serve.sticky import Marks, marked_chunk, marked_reply
-from serve.trace import Choice, Trace
+from serve.trace import Call, Choice, Trace
 from serve.translate import usage_body
 
 TRINITY = "fugu-trinity"
@@ -175,6 +175,7 @@ class Playing:
         seed = self.seed if self.seed is None or not number else random.Random(f"{self.seed}/{number}").getrandbits(62)
         choice, ranking = await self.ask(transcript, seed)
         self.choices.append(choice)
+        self.trace.decisions.append(choice)
         return Decided(ranking, choice.role or self._role())
 
     def _role(self) -> str:
@@ -184,8 +185,9 @@ class Playing:
 
     def _note(self) -> None:
         """Put into the trace what happened: the turns, who gave the answer, and how that turn was decided."""
-        turns = zip(self.session.turns, self.choices, strict=False)  # a turn that failed was decided, too
+        turns = list(zip(self.session.turns, self.choices, strict=False))  # a turn that failed was decided, too
         self.trace.turns = [_turn(turn, choice) for turn, choice in turns]
+        self.trace.calls += [Call(turn.worker, turn.role, choice.domain) for turn, choice in turns]
         acted = [index for index, turn in enumerate(self.session.turns) if turn.reply is self.session.response]
         if acted:
             self.trace.record.worker = self.session.turns[acted[-1]].worker

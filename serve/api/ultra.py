@@ -21,7 +21,7 @@ from orchestrator.events import Events
 from orchestrator.memory import Resumed
 from orchestrator.run import Run, StepChunk
 from serve.api import ultra_view
-from serve.api.job import Deciding, Done, Event, Job, Wishes
+from serve.api.job import Deciding, Done, Event, Job
 from serve.conductor import Conducting
 from serve.sticky import Marks
 from serve.store import Kept, Store
@@ -44,13 +44,13 @@ class UltraEngine:
     async def run(self, job: Job) -> AsyncGenerator[Event, None]:
         request, _ = self._marks.restore(job.request)
         workers = self._workers(job)
-        found = await self._decided(request, job.wishes)
+        found = await self._decided(request, job)
         job.trace.choice, ranking = found
         assign = self._assign(job, request.messages, found) if self._conducting.config.assign == "router" else None
         answering = _Answering(
             job,
             request,
-            replace(self._conducting, writer=self._deciding.counted(self._conducting.writer, job.trace)),
+            replace(self._conducting, writer=self._deciding.counted(self._conducting.writer, job.trace, "plan")),
             Pool(self._conducting.names, workers, self._conducting.about, assign),
             ranking,
             await self._resumed(request, job.caller.id),
@@ -78,7 +78,8 @@ class UltraEngine:
 
     def _workers(self, job: Job) -> dict[str, Worker]:
         names, known = self._conducting.names, self._deciding.workers
-        workers = {name: self._deciding.counted(known[name], job.trace) for name in names if name in job.wishes.allowed}
+        allowed = [name for name in names if name in job.wishes.allowed]
+        workers = {name: self._deciding.counted(known[name], job.trace, "step") for name in allowed}
         if not workers:
             raise NoWorkerAllowedError(
                 f"fugu: the constraints leave no worker that the conductor knows; those are {', '.join(names)}",
@@ -93,7 +94,7 @@ class UltraEngine:
 
         async def best(conversation: Conversation, allowed: frozenset[str]) -> str | None:
             asked = job.request.with_(messages=conversation)
-            choice, ranked = found if conversation == whole else await self._decided(asked, job.wishes)
+            choice, ranked = found if conversation == whole else await self._decided(asked, job)
             names = () if choice.source == "order" else ranked
             return next((name for name in names if name in allowed), None)
 
@@ -102,9 +103,11 @@ class UltraEngine:
 
         return assign
 
-    async def _decided(self, request: ChatRequest, wishes: Wishes) -> tuple[Choice, tuple[str, ...]]:
+    async def _decided(self, request: ChatRequest, job: Job) -> tuple[Choice, tuple[str, ...]]:
         """The router's choice, and all that are allowed as it ranks them."""
+        wishes = job.wishes
         choice, _ = await self._deciding.choose(request, wishes, seed=wishes.seed)
+        job.trace.decisions.append(choice)
         return choice, rank(choice.worker, choice.probabilities, wishes.allowed, len(wishes.allowed))
 
     async def _resumed(self, request: ChatRequest, owner: str) -> Resumed | None:
