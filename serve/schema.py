@@ -68,12 +68,23 @@ class ToolCallBody(Open):
     function: FunctionCallBody
 
 
+class CustomCallBody(Open):
+    name: Annotated[str, Field(min_length=1)]
+    input: str
+
+
+class CustomToolCallBody(Open):
+    id: Annotated[str, Field(min_length=1)]
+    type: Literal["custom"]
+    custom: CustomCallBody
+
+
 class MessageBody(Open):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[PartBody] | None = None
     refusal: str | None = None
     name: str | None = None
-    tool_calls: list[ToolCallBody] | None = None
+    tool_calls: list[ToolCallBody | CustomToolCallBody] | None = None
     tool_call_id: str | None = None
 
 
@@ -89,6 +100,32 @@ class ToolBody(Open):
     function: FunctionBody
 
 
+class GrammarRuleBody(Open):
+    definition: str
+    syntax: str | None = None
+
+
+class CustomFormatBody(Open):
+    type: Literal["text", "grammar"]
+    grammar: GrammarRuleBody | None = None
+
+
+class CustomBody(Open):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")]
+    description: str | None = None
+    format: CustomFormatBody | None = None
+
+
+class ChatCustomToolBody(Open):
+    """A tool whose input is plain text."""
+
+    type: Literal["custom"]
+    custom: CustomBody
+
+
+AnyToolBody = Annotated[ToolBody | ChatCustomToolBody, Field(discriminator="type")]
+
+
 class NamedFunctionBody(Open):
     name: Annotated[str, Field(min_length=1)]
 
@@ -98,9 +135,17 @@ class NamedToolBody(Open):
     function: NamedFunctionBody
 
 
+class NamedCustomToolBody(Open):
+    type: Literal["custom"]
+    custom: NamedFunctionBody
+
+
+AnyNamedBody = Annotated[NamedToolBody | NamedCustomToolBody, Field(discriminator="type")]
+
+
 class SomeToolsBody(Open):
     mode: Literal["auto", "required"]
-    tools: list[NamedToolBody]
+    tools: list[AnyNamedBody]
 
 
 class AllowedToolsBody(Open):
@@ -152,8 +197,8 @@ class ChatBody(Open):
 
     model: Annotated[str, Field(min_length=1)]
     messages: Annotated[list[MessageBody], Field(min_length=1)]
-    tools: list[ToolBody] | None = None
-    tool_choice: Literal["auto", "none", "required"] | NamedToolBody | AllowedToolsBody | None = None
+    tools: list[AnyToolBody] | None = None
+    tool_choice: Literal["auto", "none", "required"] | AnyNamedBody | AllowedToolsBody | None = None
     parallel_tool_calls: bool | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None

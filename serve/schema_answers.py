@@ -84,12 +84,23 @@ class ChatToolCall(BaseModel):
     function: ChatFunction
 
 
+class ChatCustom(BaseModel):
+    name: str
+    input: str
+
+
+class ChatCustomToolCall(BaseModel):
+    id: str
+    type: Literal["custom"]
+    custom: ChatCustom
+
+
 class ChatMessage(BaseModel):
     role: Literal["assistant"]
     content: str | None
     refusal: str | None
     reasoning_content: str | None = None
-    tool_calls: list[ChatToolCall] | None = None
+    tool_calls: list[ChatToolCall | ChatCustomToolCall] | None = None
 
 
 class ChatChoice(BaseModel):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import orjson
@@ -24,15 +24,21 @@ from actors.messages import (
     ToolSpec,
     Usage,
 )
+from serve.freeform import freeform_arguments, freeform_input, freeform_tool
 from serve.schema import (
     AllowedToolsBody,
     ChatBody,
+    ChatCustomToolBody,
+    CustomToolCallBody,
     MessageBody,
+    NamedCustomToolBody,
     NamedToolBody,
     PartBody,
     RefusalPartBody,
     ResponseFormatBody,
     TextPartBody,
+    ToolBody,
+    ToolCallBody,
 )
 
 # Fields that ask for what no answer of ours has; to leave them out would be to lose it.
@@ -79,7 +85,7 @@ def to_request(body: ChatBody) -> tuple[ChatRequest, tuple[str, ...]]:
 
 def _message(message: MessageBody, index: int) -> Message:
     where = f"messages[{index}]"
-    calls = tuple(ToolCall(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ())
+    calls = tuple(map(_call, message.tool_calls or ()))
     if calls and message.role != "assistant":
         raise RequestError(f"{where}.tool_calls: only an assistant message has them", param=f"{where}.tool_calls")
     if message.role == "tool" and not message.tool_call_id:
@@ -91,6 +97,12 @@ def _message(message: MessageBody, index: int) -> Message:
     if message.content is None and not calls and message.refusal is None:
         raise RequestError(f"{where}.content: is required", param=f"{where}.content")
     return Message(message.role, _content(message, where), message.name, calls, message.tool_call_id)
+
+
+def _call(call: ToolCallBody | CustomToolCallBody) -> ToolCall:
+    if isinstance(call, CustomToolCallBody):
+        return ToolCall(call.id, call.custom.name, freeform_arguments(call.custom.input))
+    return ToolCall(call.id, call.function.name, call.function.arguments)
 
 
 def _content(message: MessageBody, where: str) -> str | tuple[Part, ...]:
@@ -118,37 +130,49 @@ def _part(part: PartBody) -> Part:
 
 def _tools(body: ChatBody) -> tuple[tuple[ToolSpec, ...], ToolChoice | None]:
     """The tools that may be called, and which of them must be."""
-    tools = tuple(
-        ToolSpec(
-            name=tool.function.name,
-            description=tool.function.description or "",
-            parameters=tool.function.parameters or {},
-            strict=tool.function.strict,
-        )
-        for tool in body.tools or ()
-    )
+    tools = tuple(map(_tool, body.tools or ()))
     choice = body.tool_choice
     if not isinstance(choice, AllowedToolsBody):
-        return tools, None if choice is None else _tool_choice(choice, body)
+        return tools, None if choice is None else _tool_choice(choice, tools)
     where = "tool_choice.allowed_tools.tools"
-    names = {tool.function.name for tool in choice.allowed_tools.tools}
+    names = {_named(tool)[1] for tool in choice.allowed_tools.tools}
     tools = tuple(tool for tool in tools if tool.name in names)
     if not tools:
         raise RequestError(f"{where}: none of them is among the tools", param=where)
     return tools, ToolChoice(choice.allowed_tools.mode)
 
 
-def _tool_choice(choice: Literal["auto", "none", "required"] | NamedToolBody, body: ChatBody) -> ToolChoice:
-    if choice != "none" and not body.tools:
+def _tool(tool: ToolBody | ChatCustomToolBody) -> ToolSpec:
+    if isinstance(tool, ChatCustomToolBody):
+        custom = tool.custom
+        rule = custom.format.grammar if custom.format is not None else None
+        syntax, definition = (None, None) if rule is None else (rule.syntax, rule.definition)
+        return freeform_tool(custom.name, custom.description, syntax, definition)
+    function = tool.function
+    return ToolSpec(function.name, function.description or "", function.parameters or {}, function.strict)
+
+
+def freeform_names(body: ChatBody) -> frozenset[str]:
+    """The names of the tools whose calls come back with plain text."""
+    return frozenset(tool.custom.name for tool in body.tools or () if isinstance(tool, ChatCustomToolBody))
+
+
+def _named(tool: NamedToolBody | NamedCustomToolBody) -> tuple[str, str]:
+    """Its kind and its name."""
+    return tool.type, (tool.function if isinstance(tool, NamedToolBody) else tool.custom).name
+
+
+def _tool_choice(
+    choice: Literal["auto", "none", "required"] | NamedToolBody | NamedCustomToolBody, tools: Sequence[ToolSpec]
+) -> ToolChoice:
+    if choice != "none" and not tools:
         raise RequestError("tool_choice: there are no tools to choose from", param="tool_choice")
-    if not isinstance(choice, NamedToolBody):
+    if not isinstance(choice, (NamedToolBody, NamedCustomToolBody)):
         return ToolChoice(choice)
-    if all(tool.function.name != choice.function.name for tool in body.tools or ()):
-        raise RequestError(
-            f"tool_choice.function.name: no tool is called {choice.function.name}",
-            param="tool_choice.function.name",
-        )
-    return ToolChoice("named", choice.function.name)
+    kind, name = _named(choice)
+    if all(tool.name != name for tool in tools):
+        raise RequestError(f"tool_choice.{kind}.name: no tool is called {name}", param=f"tool_choice.{kind}.name")
+    return ToolChoice("named", name)
 
 
 def _response_format(body: ResponseFormatBody | None) -> ResponseFormat | None:
@@ -193,18 +217,17 @@ def reply_body(
     model: str,
     usage: Mapping[str, Any],
     trace: Mapping[str, Any] | None,
+    freeform: Collection[str] = (),
 ) -> bytes:
-    """The JSON of a whole answer. `model` is what was asked for; only the trace names the worker."""
+    """The JSON of a whole answer. `model` is what was asked for; only the trace names the worker. `freeform` are the
+    names of tools whose input is plain text."""
     message: dict[str, Any] = {"role": "assistant", "content": reply.text or None, "refusal": reply.refusal or None}
     if not reply.tool_calls and not reply.refusal:
         message["content"] = reply.text
     if reply.reasoning:
         message["reasoning_content"] = reply.reasoning
     if reply.tool_calls:
-        message["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in reply.tool_calls
-        ]
+        message["tool_calls"] = [_call_body(call, freeform) for call in reply.tool_calls]
     body: dict[str, Any] = {
         "id": id,
         "object": "chat.completion",
@@ -218,6 +241,13 @@ def reply_body(
     return dumps(body)
 
 
+def _call_body(call: ToolCall, freeform: Collection[str]) -> dict[str, Any]:
+    if call.name in freeform:
+        custom = {"name": call.name, "input": freeform_input(call.arguments)}
+        return {"id": call.id, "type": "custom", "custom": custom}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
 def finish_reason(reply: ChatReply) -> str:
     """OpenAI's word. A refusal there is a field of its own beside `stop`; without words for it nothing is left to tell
     it by but the filter's."""
@@ -227,11 +257,16 @@ def finish_reason(reply: ChatReply) -> str:
 
 
 class ChunkWriter:
-    """The `data:` events of one streamed answer, in OpenAI's shape."""
+    """The `data:` events of one streamed answer, in OpenAI's shape. `freeform` are the names of tools whose input is
+    plain text: the worker writes JSON around it, so it is told at the end, when the call is complete."""
 
-    __slots__ = ("_begun", "_head", "_include_usage")
+    __slots__ = ("_begun", "_freeform", "_head", "_include_usage", "_inputs")
 
-    def __init__(self, *, id: str, created: int, model: str, include_usage: bool) -> None:
+    def __init__(
+        self, *, id: str, created: int, model: str, include_usage: bool, freeform: Collection[str] = ()
+    ) -> None:
+        self._freeform = freeform
+        self._inputs: dict[int, list[str]] = {}
         self._head = {"id": id, "object": "chat.completion.chunk", "created": created, "model": model}
         self._include_usage = include_usage
         self._begun = False
@@ -246,14 +281,28 @@ class ChunkWriter:
         if chunk.refusal:
             delta["refusal"] = chunk.refusal
         if chunk.tool_calls:
-            delta["tool_calls"] = [_call_delta(call) for call in chunk.tool_calls]
+            told = [self._call(call) for call in chunk.tool_calls]
+            delta |= {"tool_calls": calls} if (calls := [call for call in told if call is not None]) else {}
         return self._event([_choice(delta, None)]) if delta else b""
 
     def finish(self, reason: str) -> bytes:
-        """The event with the finish reason; before it the opening one, where nothing has been said."""
+        """The event with the finish reason; before it the opening one, where nothing has been said, and the inputs of
+        freeform tools."""
         delta = self._begin()
+        if self._inputs:
+            inputs = {index: freeform_input("".join(pieces)) for index, pieces in self._inputs.items()}
+            delta["tool_calls"] = [{"index": index, "custom": {"input": text}} for index, text in inputs.items()]
         said = self._event([_choice(delta, None)]) if delta else b""
         return said + self._event([_choice({}, reason)])
+
+    def _call(self, call: ToolCallDelta) -> dict[str, Any] | None:
+        if call.name in self._freeform:
+            self._inputs[call.index] = [call.arguments]
+            return {"index": call.index, "id": call.id, "type": "custom", "custom": {"name": call.name, "input": ""}}
+        if call.index in self._inputs:
+            self._inputs[call.index].append(call.arguments)
+            return None
+        return _call_delta(call)
 
     def _begin(self) -> dict[str, Any]:
         if self._begun:

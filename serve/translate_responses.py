@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
-import orjson
-
 from actors.errors import RequestError
 from actors.messages import (
     ChatRequest,
@@ -26,6 +24,7 @@ from actors.messages import (
     ToolChoice,
     ToolSpec,
 )
+from serve.freeform import freeform_arguments, freeform_tool
 from serve.schema import check
 from serve.schema_responses import (
     CustomCallItem,
@@ -44,8 +43,6 @@ from serve.schema_responses import (
     TextContent,
 )
 from serve.sealed import unseal
-
-INPUT = "input"
 
 _PASSED_ON = ("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "safety_identifier", "service_tier")
 # Ways of asking for state or text that is kept elsewhere, or for what only OpenAI's own servers do.
@@ -149,7 +146,9 @@ def _add_tool(tools: Tools, tool: dict[str, Any], where: str, namespace: str | N
         custom = check(tool, CustomToolBody, where)
         name = tools.worker_name(custom.name, namespace)
         tools.freeform.add(name)
-        spec = ToolSpec(name, _freeform_description(custom), _FREEFORM)
+        grammar = custom.format if custom.format is not None and custom.format.type == "grammar" else None
+        rule = (None, None) if grammar is None else (grammar.syntax, grammar.definition)
+        spec = freeform_tool(name, custom.description, *rule)
         given = custom.name
     else:
         raise RequestError(
@@ -160,22 +159,6 @@ def _add_tool(tools: Tools, tool: dict[str, Any], where: str, namespace: str | N
     if namespace is not None:
         tools.spaces[name] = (namespace, given)
     tools.specs.append(spec)
-
-
-_FREEFORM: Mapping[str, Any] = {
-    "type": "object",
-    "properties": {INPUT: {"type": "string", "description": "The tool's whole input, as it is."}},
-    "required": [INPUT],
-    "additionalProperties": False,
-}
-
-
-def _freeform_description(tool: CustomToolBody) -> str:
-    grammar = tool.format
-    if grammar is None or grammar.type != "grammar" or not grammar.definition:
-        return tool.description or ""
-    told = f"The input must follow this {grammar.syntax or 'lark'} grammar:\n{grammar.definition}"
-    return f"{tool.description}\n\n{told}" if tool.description else told
 
 
 def _choice(choice: str | NamedChoice | None, tools: Tools) -> tuple[tuple[ToolSpec, ...], ToolChoice | None]:
@@ -241,7 +224,7 @@ class _ItemReader:
         elif kind == "custom_tool_call":
             custom = check(item, CustomCallItem, where)
             name = self._tools.worker_name(custom.name, custom.namespace)
-            self._calls.append(ToolCall(custom.call_id, name, orjson.dumps({INPUT: custom.input}).decode()))
+            self._calls.append(ToolCall(custom.call_id, name, freeform_arguments(custom.input)))
         elif kind in ("function_call_output", "custom_tool_call_output"):
             output = check(item, OutputItem, where)
             self._flush()

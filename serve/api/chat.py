@@ -12,7 +12,7 @@ from serve import sse
 from serve.api.job import Done
 from serve.auth import Caller
 from serve.schema import ChatBody, FuguBody, parse_chat
-from serve.translate import ChunkWriter, error_event, finish_reason, reply_body, to_request, tokens_body
+from serve.translate import ChunkWriter, error_event, finish_reason, freeform_names, reply_body, to_request, tokens_body
 
 
 class ChatDialect:
@@ -34,7 +34,7 @@ class ChatDialect:
 class ChatExchange:
     """See `serve.api.endpoint.Exchange`."""
 
-    __slots__ = ("_body", "_created", "_id", "_writer", "fugu", "model", "stream")
+    __slots__ = ("_body", "_created", "_freeform", "_id", "_writer", "fugu", "model", "stream")
 
     def __init__(self, body: ChatBody, id: str) -> None:
         self._body = body
@@ -44,7 +44,10 @@ class ChatExchange:
         self.stream = bool(body.stream)
         self.fugu: FuguBody | None = body.fugu
         include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        self._writer = ChunkWriter(id=id, created=self._created, model=body.model, include_usage=include_usage)
+        self._freeform = freeform_names(body)
+        self._writer = ChunkWriter(
+            id=id, created=self._created, model=body.model, include_usage=include_usage, freeform=self._freeform
+        )
 
     def request(self) -> tuple[ChatRequest, tuple[str, ...]]:
         return to_request(self._body)
@@ -52,7 +55,13 @@ class ChatExchange:
     def whole(self, done: Done) -> bytes:
         usage = tokens_body(done.visible, done.total)
         return reply_body(
-            done.reply, id=self._id, created=self._created, model=self.model, usage=usage, trace=done.told
+            done.reply,
+            id=self._id,
+            created=self._created,
+            model=self.model,
+            usage=usage,
+            trace=done.told,
+            freeform=self._freeform,
         )
 
     async def keep(self, done: Done) -> None:

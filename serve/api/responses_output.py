@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import orjson
-
 from actors.errors import FuguError
 from actors.messages import Usage
 from serve.blocks import Block, Step
+from serve.freeform import freeform_input
 from serve.sealed import seal
 from serve.translate import dumps
-from serve.translate_responses import INPUT, Tools
+from serve.translate_responses import Tools
 
 
 class EventWriter:
@@ -161,18 +160,6 @@ def _part(kind: str, said: str) -> dict[str, Any]:
     if kind == "refusal":
         return {"type": "refusal", "refusal": said}
     return {"type": "output_text", "text": said, "annotations": [], "logprobs": []}
-
-
-def freeform_input(arguments: str) -> str:
-    """What a worker wrote for a freeform tool, which it knows as a function with one text argument. A worker that
-    wrote something else is taken at its word."""
-    try:
-        value = orjson.loads(arguments)
-    except orjson.JSONDecodeError:
-        return arguments
-    if isinstance(value, dict) and isinstance(value.get(INPUT), str):
-        return str(value[INPUT])
-    return value if isinstance(value, str) else arguments
 
 
 def usage_body(visible: Usage, total: Usage) -> dict[str, Any]:

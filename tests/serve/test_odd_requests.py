@@ -130,6 +130,66 @@ async def test_only_some_tools(gpt: openai.AsyncOpenAI, provider: LoopbackProvid
     assert provider.requests[0].body["tool_choice"] == "auto"
 
 
+PATCH: Any = {
+    "type": "custom",
+    "custom": {
+        "name": "patch",
+        "description": "Changes files.",
+        "format": {"type": "grammar", "grammar": {"syntax": "lark", "definition": 'start: "x"'}},
+    },
+}
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+async def test_a_freeform_tool_in_chat(gpt: openai.AsyncOpenAI, provider: LoopbackProvider, worker: str) -> None:
+    look: Any = {"type": "function", "function": {"name": "look"}}
+    asks = (ToolCall("c1", "patch", '{"input": "*** Begin\\n\\"x\\""}'), ToolCall("c2", "look", '{"at": 1}'))
+    provider.default = Behaviour(text="", tool_calls=asks)
+    fields: Any = {"model": "fugu", "tools": [PATCH, look], "extra_body": only(worker)}
+    whole = await gpt.chat.completions.create(messages=HELLO, **fields)
+    calls: Any = whole.choices[0].message.tool_calls
+    assert [call.type for call in calls] == ["custom", "function"]
+    assert (calls[0].custom.name, calls[0].custom.input) == ("patch", '*** Begin\n"x"')
+    told: dict[int, Any] = {}
+    async for chunk in await gpt.chat.completions.create(messages=HELLO, stream=True, **fields):
+        for delta in (chunk.choices[0].delta.tool_calls or ()) if chunk.choices else ():
+            call = told.setdefault(delta.index, {"type": delta.type, "id": delta.id, "said": ""})
+            said: Any = delta.model_dump().get("custom") or (delta.function and delta.function.model_dump())
+            call["name"] = call.get("name") or said.get("name")
+            call["said"] += said.get("input") or said.get("arguments") or ""
+    assert [(call["type"], call["name"], call["said"]) for call in told.values()] == [
+        ("custom", "patch", '*** Begin\n"x"'),
+        ("function", "look", '{"at": 1}'),
+    ]
+    provider.clear()
+    provider.default = Behaviour(text="done")
+    results = [{"role": "tool", "tool_call_id": call.id, "content": "ok"} for call in calls]
+    turns = [*HELLO, whole.choices[0].message.model_dump(exclude_none=True), *results]
+    await gpt.chat.completions.create(messages=turns, **fields)
+    sent = provider.requests[0].raw
+    assert b"must follow this lark grammar" in sent
+    assert sent.count(b"*** Begin") == 1, "the worker sees its own call"
+
+
+async def test_choosing_a_freeform_tool(gpt: openai.AsyncOpenAI, provider: LoopbackProvider) -> None:
+    named: Any = {"type": "custom", "custom": {"name": "patch"}}
+    other: Any = {"type": "function", "function": {"name": "look"}}
+    fields: Any = {"model": "fugu", "messages": HELLO, "tools": [PATCH, other]}
+    await gpt.chat.completions.create(tool_choice=named, **fields)
+    allowed: Any = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named]}}
+    await gpt.chat.completions.create(tool_choice=allowed, **fields)
+    forced, some = (request.body for request in provider.requests)
+    assert forced["tool_choice"]["function"]["name"] == "patch"
+    assert [tool["function"]["name"] for tool in some["tools"]] == ["patch"]
+    wrong: Any = {"type": "custom", "custom": {"name": "nobody"}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        await gpt.chat.completions.create(tool_choice=wrong, **fields)
+    assert caught.value.param == "tool_choice.custom.name"
+    search: Any = {"type": "web_search"}
+    with pytest.raises(openai.BadRequestError, match=r"tools\[0\]"):
+        await gpt.chat.completions.create(model="fugu", messages=HELLO, tools=[search])
+
+
 # Responses
 
 
