@@ -1,7 +1,7 @@
 """Providers that fail in every way, under every dialect and model: nothing hangs, nothing leaks, no byte is wrong.
 
 `FUGU_FAULTS` is how many requests are made (900); most calls of a worker meet a fault of their own, so that more than a
-thousand are injected.
+thousand are injected. A sixth as many are made of workers behind an actor's connection, who try again.
 """
 
 from __future__ import annotations
@@ -19,23 +19,13 @@ from typing import Any
 import httpx
 import pytest
 
-from actors.adapters.anthropic import AnthropicAdapter
-from actors.adapters.openai import OpenAIAdapter
 from actors.config import FuguConfig
-from actors.messages import ChatReply, ChatRequest
-from actors.transport import make_transport
-from actors.worker import WorkerRuntime
-from serve.api.health import Readiness
-from serve.conductor import conducting
-from serve.gateway import Gateway
 from serve.keys import Key, KeyBook
-from serve.router import OrderDecider
-from serve.store import SqliteStore
 from tests.faults import PATHS, Reader, body_of, faulty, number_in, plan_of, wants_plan
 from tests.loopback import Behaviour, LoopbackProvider, Recorded
+from tests.serve.linked import serving
 
 REQUESTS = int(os.environ.get("FUGU_FAULTS", "900"))
-FAULTS = REQUESTS * 1000 // 900
 MODELS = {"fugu": 8, "fugu-trinity": 1, "fugu-ultra": 1}
 """Which are asked for, how often."""
 AT_ONCE = 24
@@ -43,22 +33,9 @@ LONGEST = 20.0
 TIMEOUT = {"connect": 1.0, "first_byte": 0.5, "idle": 0.4, "total": 5.0}
 
 
-class Direct:
-    """A worker without an actor."""
-
-    def __init__(self, runtime: WorkerRuntime) -> None:
-        self.runtime = runtime
-        self.name = runtime.spec.name
-
-    async def complete(self, request: ChatRequest) -> ChatReply:
-        return await self.runtime.complete(request)
-
-    def stream(self, request: ChatRequest) -> Any:
-        return self.runtime.stream(request)
-
-
 @pytest.mark.timeout(600)
-async def test_injected_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("over_link", "requests"), [(False, REQUESTS), (True, REQUESTS // 6)])
+async def test_injected_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over_link: bool, requests: int) -> None:
     monkeypatch.setenv("FUGU_STATE", str(tmp_path))
     seed = int(os.environ.get("FUGU_FAULTS_SEED", "7"))
     faults: list[bool] = []
@@ -80,7 +57,7 @@ async def test_injected_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         common = {
             "timeout": TIMEOUT,
             "price": {"input": 1.0, "output": 2.0},
-            "retry": {"attempts": 1},
+            "retry": {"attempts": 2 if over_link else 1, "min_wait": 0.01, "max_wait": 0.02},
             "breaker": {"failures": 10**6, "cooldown": 0.1},
             "limits": {"concurrency": 64, "tokens_per_minute": 10**8},
         }
@@ -100,20 +77,6 @@ async def test_injected_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
                 "conductor": {"worker": "o", "style": "compact"},
             }
         )
-        kinds = {"openai": OpenAIAdapter, "anthropic": AnthropicAdapter}
-        workers = [
-            Direct(WorkerRuntime(spec, kinds[spec.provider](spec, make_transport(spec)))) for spec in config.active
-        ]
-        ultra = conducting(config, {worker.name: worker for worker in workers})
-        app = Gateway(
-            config,
-            workers,
-            OrderDecider(["o", "a"]),
-            Readiness({}),
-            no_roles=None,
-            ultra=(ultra, SqliteStore(tmp_path / "workflows.sqlite")),
-        )
-        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)  # type: ignore[arg-type]
         rng = random.Random(seed)
         seen: Counter[str] = Counter()
         whole: Counter[str] = Counter()
@@ -129,23 +92,29 @@ async def test_injected_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             whole[model] += reader.whole
 
         keyed = {"authorization": f"Bearer {secret}"}
-        async with httpx.AsyncClient(transport=transport, base_url="http://fugu", timeout=None, headers=keyed) as http:
-            models = rng.choices(list(MODELS), list(MODELS.values()), k=REQUESTS)
-            asks = [(number, rng.choice(PATHS), rng.random() < 0.6, model) for number, model in enumerate(models)]
-            await asyncio.gather(*(one(http, *each) for each in asks))
+        models = rng.choices(list(MODELS), list(MODELS.values()), k=requests)
+        asks = [(number, rng.choice(PATHS), rng.random() < 0.6, model) for number, model in enumerate(models)]
+        async with serving(tmp_path, config, over_link=over_link) as served:
+            transport = httpx.ASGITransport(app=served.app, raise_app_exceptions=False)  # type: ignore[arg-type]
+            options: Any = {"transport": transport, "base_url": "http://fugu", "timeout": None, "headers": keyed}
+            async with httpx.AsyncClient(**options) as http:
+                await asyncio.gather(*(one(http, *each) for each in asks))
+            for runtime in served.runtimes.values():
+                limiter = runtime.limiter
+                # What was cancelled behind a connection ends a moment after its caller knows.
+                for _ in range(50 if over_link else 0):
+                    if (limiter.running, limiter.waiting) != (0, 0):
+                        await asyncio.sleep(0.02)
+                assert (limiter.running, limiter.waiting) == (0, 0), "every grant was given back"
+                limiter._clock = lambda: time.monotonic() + 3600
+                assert (limiter.requests_used, limiter.tokens_used) == (0, 0), "a minute later nothing is held"
         print(dict(seen), dict(whole), f"{sum(faults)} faults in {len(faults)} calls")
-        assert sum(seen.values()) == REQUESTS
-        assert seen["whole"] > REQUESTS / 4, seen
+        assert sum(seen.values()) == requests
+        assert seen["whole"] > requests / 4, seen
         assert len(seen) > 2, seen
-        assert sum(faults) >= FAULTS
+        assert sum(faults) >= requests * 1000 // 900
         assert all(whole[model] > models.count(model) / 4 for model in MODELS), whole
-        _check_account(tmp_path / "keys.sqlite", key)
-        for worker in workers:
-            limiter = worker.runtime.limiter
-            assert (limiter.running, limiter.waiting) == (0, 0), "every grant was given back"
-            limiter._clock = lambda: time.monotonic() + 3600
-            assert (limiter.requests_used, limiter.tokens_used) == (0, 0), "a minute later nothing is held"
-            await worker.runtime.close()
+        _check_account(tmp_path / "keys.sqlite", key, requests)
         assert provider.wait_for(lambda: provider.in_flight == 0)
 
 
@@ -155,14 +124,14 @@ def _is_fault(behaviour: Behaviour) -> bool:
     return behaviour.status != 200 or behaviour.body is not None or broken or silent
 
 
-def _check_account(path: Path, key: Key) -> None:
+def _check_account(path: Path, key: Key, requests: int) -> None:
     """Nothing is held any more, and of its minute the key has used what its month says."""
     ((listed, used),) = KeyBook(path).list()
-    assert (listed.id, used.requests) == (key.id, REQUESTS)
+    assert (listed.id, used.requests) == (key.id, requests)
     with sqlite3.connect(path) as connection:
         assert connection.execute("SELECT COUNT(*) FROM held").fetchone() == (0,)
         recent, tokens = connection.execute("SELECT COUNT(*), SUM(tokens) FROM recent").fetchone()
-    if recent == REQUESTS:
+    if recent == requests:
         assert tokens == used.usage.total_tokens
     # Cached input is told beside the input, and costs the same here.
     priced = (used.usage.input_tokens + 2 * used.usage.output_tokens) / 1e6
