@@ -122,7 +122,7 @@ class ResponsesBody(Open):
     parallel_tool_calls: bool | None = None
     max_output_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     reasoning: ReasoningBody | None = None
     text: TextBody | None = None
     include: list[str] | None = None

@@ -55,6 +55,7 @@ ACCEPTED = frozenset(
 # Ours to decide, whatever a caller or `accepts` says.
 _OURS = frozenset({"model", "messages", "stream", "stream_options", "n"})
 
+_SMALLEST = 1e-6
 _FAILED = "Error: the tool failed."
 _SHOWN = "The images that the tools returned:"
 
@@ -99,7 +100,8 @@ def request_body(spec: WorkerSpec, request: ChatRequest) -> tuple[dict[str, Any]
     body: dict[str, Any] = {"model": spec.model, "messages": _messages(spec, request)}
     body |= given(
         temperature=request.temperature,
-        top_p=request.top_p,
+        # vLLM takes no 0, which says the same as a very small number.
+        top_p=_SMALLEST if request.top_p == 0 and not official(spec) else request.top_p,
         seed=request.seed,
         stop=list(request.stop) or None,
         reasoning_effort=request.reasoning_effort,

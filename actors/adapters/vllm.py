@@ -107,7 +107,8 @@ class VllmEngine:
         chosen = {
             "max_tokens": min(request.max_tokens or room, room),
             "temperature": request.temperature,
-            "top_p": request.top_p,
+            # vLLM takes no 0, which says the same as a very small number.
+            "top_p": 1e-6 if request.top_p == 0 else request.top_p,
             "seed": request.seed,
             "stop": list(request.stop) or None,
             "structured_outputs": _structure(request),

@@ -190,6 +190,16 @@ async def test_choosing_a_freeform_tool(gpt: openai.AsyncOpenAI, provider: Loopb
         await gpt.chat.completions.create(model="fugu", messages=HELLO, tools=[search])
 
 
+async def test_a_nucleus_of_nothing(
+    gpt: openai.AsyncOpenAI, claude: anthropic.AsyncAnthropic, provider: LoopbackProvider
+) -> None:
+    """OpenAI takes `top_p: 0`; vLLM does not."""
+    await gpt.chat.completions.create(model="fugu", messages=HELLO, top_p=0)
+    await gpt.responses.create(model="fugu", input="?", top_p=0)
+    await claude.messages.create(model="fugu", max_tokens=9, messages=HELLO, extra_body={"top_p": 0})
+    assert [request.body["top_p"] for request in provider.requests] == [1e-6] * 3
+
+
 # Responses
 
 

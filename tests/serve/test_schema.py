@@ -71,7 +71,7 @@ BAD: list[tuple[bytes, str | None]] = [
     (body(temperature=True), "temperature"),
     (body(temperature=float("nan")), "temperature"),
     (body(top_p=float("inf")), "top_p"),
-    (body(top_p=0), "top_p"),
+    (body(top_p=-0.1), "top_p"),
     (b'{"model": "fugu", "messages": [{"role": "user", "content": "x"}], "temperature": 1e999}', "temperature"),
     (body(unknown={"deep": [1, float("-inf")]}), "unknown.deep[1]"),
     (body(max_tokens=0), "max_tokens"),
