@@ -3,6 +3,7 @@ and settings are those that the agents are tried with."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.clients.server import KEY, ClientServer
 from tests.clients.test_agents import claude, codex, opencode
@@ -89,3 +91,30 @@ def test_every_client_has_its_lines_and_its_version() -> None:
     for name, package in (("Codex", "codex"), ("Claude Code", "claude-code"), ("OpenCode", "opencode-ai")):
         [version] = re.findall(rf"{package}@([0-9.]+)", makefile)
         assert f"### {name} ({version})" in readme
+    for package in ("openai", "anthropic"):
+        major, minor, *_ = pins()[package].split(".")
+        assert f"({package} {major}.{minor})" in readme
+
+
+def pins() -> dict[str, str]:
+    """Versions of `constraints.txt`, by normal name (PEP 503)."""
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    return {normal(name): version for name, _, version in (line.partition("==") for line in lines if "==" in line)}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_package_that_make_setup_installs_is_pinned() -> None:
+    """What is not pinned is another version next week."""
+    wanted = {("fugu-ray", "test"), ("fugu-ray", "train"), ("fugu-ray", "")}
+    seen: set[tuple[str, str]] = set()
+    while wanted:
+        name, extra = wanted.pop()
+        seen.add((name, extra))
+        for line in importlib.metadata.requires(name) or ():
+            needed = Requirement(line)
+            if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                wanted |= {(normal(needed.name), each) for each in ("", *needed.extras)} - seen
+    assert {name for name, _ in seen} - {"fugu-ray"} <= set(pins())
