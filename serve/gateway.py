@@ -270,7 +270,7 @@ def _rest(
         status, body = await readiness.body()
         return answer(body, status)
 
-    add_routes(app, conversations, keys)
+    add_routes(app, conversations, keys, config.serve.keep_alive)
     _describe_conversations(app)
     describe(app, served.names, keys)
     app.add_exception_handler(FuguError, _on_error)

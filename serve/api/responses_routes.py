@@ -17,10 +17,10 @@ from serve.auth import Caller, Keys
 from serve.schema_answers import DeletedBody, ItemsBody, ResponseBody
 from serve.translate import dumps
 
-_KEEP_ALIVE_SECONDS = 15.0
 
+def add_routes(app: FastAPI, conversations: Conversations, keys: Keys, keep_alive: float) -> None:
+    """`keep_alive`: seconds after which a silent stream says that it is still there."""
 
-def add_routes(app: FastAPI, conversations: Conversations, keys: Keys) -> None:
     def answer(body: Any) -> Response:
         return Response(dumps(body), media_type="application/json")
 
@@ -38,7 +38,7 @@ def add_routes(app: FastAPI, conversations: Conversations, keys: Keys) -> None:
             )
         events = conversations.events.read(id, whose, conversations, int(after))
         headers = {name.decode(): value.decode() for name, value in sse.HEADERS}
-        return StreamingResponse(sse.with_keep_alive(events, _KEEP_ALIVE_SECONDS), headers=headers)
+        return StreamingResponse(sse.with_keep_alive(events, keep_alive), headers=headers)
 
     @app.get("/v1/responses/{id}", summary="A response that was kept", responses=told(ResponseBody, LOOKING))
     async def retrieve(id: str, request: Request) -> Response:

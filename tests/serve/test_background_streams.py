@@ -53,10 +53,10 @@ def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def serving(worker: Any) -> AsyncIterator[openai.AsyncOpenAI]:
+async def serving(worker: Any, **serve: Any) -> AsyncIterator[openai.AsyncOpenAI]:
     """A client over real sockets: the test transport of httpx gives an answer once it is whole."""
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(gateway(worker), log_level="warning", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(gateway(worker, serve=serve), log_level="warning", lifespan="off"))
     task = asyncio.create_task(server.serve([listening]))
     url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
     try:
@@ -172,3 +172,21 @@ async def test_the_end_of_one_whose_gateway_died(tmp_path: Path) -> None:
     assert len(events) == 2
     assert events[1].startswith(b"event: response.failed\n")
     assert b'"sequence_number":1' in events[1]
+
+
+async def test_who_reads_again_is_kept_alive_as_configured() -> None:
+    worker = Halting()
+    async with serving(worker, keep_alive=0.2) as client:
+        id, _ = await begun(client)
+        async with client.responses.with_streaming_response.retrieve(id, stream=True) as answer:
+            async with asyncio.timeout(5):
+                told = [line async for line in until_alive(answer)]
+        assert told[-1] == ": keep-alive"
+        worker.go_on.set()
+
+
+async def until_alive(answer: Any) -> AsyncIterator[str]:
+    async for line in answer.iter_lines():
+        yield line
+        if line.startswith(":"):
+            return
