@@ -68,21 +68,26 @@ class Detokenizer:
 
 class StopFilter:
     """Lets text through up to the first stop string. Whatever could be the beginning of one is held back until it
-    is known, so no part of a stop string ever gets out."""
+    is known, so no part of a stop string ever gets out. `by` is the one that ended the text, "" so far."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = [text for text in stop if text]
         self._held = ""
-        self.stopped = False
+        self.by = ""
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.by)
 
     def push(self, text: str) -> str:
         if self.stopped:
             return ""
         held = self._held + text
-        hits = [at for at in (held.find(stop) for stop in self._stop) if at >= 0]
+        hits = [(at, stop) for stop in self._stop if (at := held.find(stop)) >= 0]
         if hits:
-            self.stopped, self._held = True, ""
-            return held[: min(hits)]
+            at, self.by = min(hits, key=lambda hit: hit[0])
+            self._held = ""
+            return held[:at]
         keep = max((_overlap(held, stop) for stop in self._stop), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]

@@ -320,7 +320,7 @@ class LocalEngine:
         if not (ended or full or row.stop.stopped):
             return True
         reason: FinishReason = "stop" if ended or row.stop.stopped else "length"
-        row.emit(Finished("".join(row.text), reason, Usage(len(row.prompt), len(row.tokens))))
+        row.emit(Finished("".join(row.text), reason, Usage(len(row.prompt), len(row.tokens)), row.stop.by))
         return False
 
     def _join(self, new: Sequence[Generation], indices: list[int], cache: Any) -> None:

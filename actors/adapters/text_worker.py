@@ -15,11 +15,13 @@ from actors.messages import ChatReply, ChatRequest, Chunk, FinishReason, Message
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of a generation: why it ended and what it cost. `text` is all text that was emitted."""
+    """The end of a generation: why it ended and what it cost. `text` is all text that was emitted, `stopped_by` the
+    caller's stop sequence that ended it, "" where none did."""
 
     text: str
     reason: FinishReason
     usage: Usage
+    stopped_by: str = ""
 
 
 class TextAdapter(ABC):
@@ -75,7 +77,14 @@ class TextAdapter(ABC):
 
     def _reply(self, request: ChatRequest, end: Finished) -> ChatReply:
         ignored = tuple(name for name in _given(request) if name not in self._accepts)
-        return ChatReply(worker=self._name, text=end.text, finish_reason=end.reason, usage=end.usage, dropped=ignored)
+        return ChatReply(
+            worker=self._name,
+            text=end.text,
+            finish_reason=end.reason,
+            usage=end.usage,
+            dropped=ignored,
+            stop_sequence=end.stopped_by,
+        )
 
 
 def render(tokenizer: Any, messages: tuple[Message, ...]) -> str:

@@ -141,7 +141,9 @@ class VllmEngine:
             raise WorkerUnavailableError(f"vLLM failed: {type(error).__name__}") from error
         if piece.finish_reason not in ("stop", "length"):
             raise WorkerUnavailableError(f"vLLM ended the answer early: {piece.finish_reason}")
-        yield Finished("".join(text), piece.finish_reason, Usage(len(prompt), count, cached))
+        # A number there is a token.
+        by = piece.stop_reason if isinstance(piece.stop_reason, str) else ""
+        yield Finished("".join(text), piece.finish_reason, Usage(len(prompt), count, cached), by)
 
     def close(self) -> None:
         """End vLLM's processes."""

@@ -87,6 +87,7 @@ def test_nothing_from_the_first_stop_string_on_gets_out(text: str, stops: list[s
         (found for end in places if (found := [text[:end].index(stop) for stop in stops if stop in text[:end]])), []
     )
     assert filtered.stopped == bool(ends)
+    assert not ends or text[min(ends) :].startswith(filtered.by)
     seen = ""
     for piece in out:  # at every moment, not only at the end
         seen += piece

@@ -196,9 +196,18 @@ def test_a_stop_string_ends_the_answer_before_it(engine: LocalEngine) -> None:
     row = Running(engine, request.with_(stop=(stop,)))
     end = row.end()
     assert end.text == whole[: whole.index(stop)]
-    assert end.reason == "stop"
+    assert (end.reason, end.stopped_by) == ("stop", stop)
     assert end.usage.output_tokens < 80
     assert stop not in end.text
+
+
+async def test_a_caller_is_told_which_stop_string_ended_the_answer(engine: LocalEngine, worker: LocalAdapter) -> None:
+    request = ask("go on", temperature=0, max_tokens=80)
+    whole = engine.generate_batch([request])[0].text
+    stopped = await worker.complete(request.with_(stop=("never said", whole[20:24])), CallContext())
+    assert stopped.stop_sequence == whole[20:24]
+    full = await worker.complete(request.with_(stop=("never said",), max_tokens=3), CallContext())
+    assert (full.finish_reason, full.stop_sequence) == ("length", "")
 
 
 def test_a_small_cache_lets_rows_in_one_by_one(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,7 @@ async def test_an_adapter_changes_the_answer_of_its_worker_only(workers: dict[st
 
 async def test_a_stop_string_stays_out(workers: dict[str, VllmAdapter]) -> None:
     reply = await workers["plain"].complete(ask(CAPITAL, temperature=0, max_tokens=30, stop=("Par",)), CallContext())
+    assert reply.stop_sequence == "Par"
     assert "Par" not in reply.text
     assert reply.text.endswith(" ")
     assert reply.finish_reason == "stop"
