@@ -15,7 +15,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from tests.cluster.machines import (
     PORT,
     SHARED,
     WORKER,
+    Asking,
     ask,
     checkpoint_file,
     cluster_file,
@@ -96,7 +96,7 @@ def work(kind: str) -> dict[str, Any]:
     os.environ["FUGU_STATE"] = str(SHARED / "state")
     key = fugu("keys", "create", "reader", "--rpm", "6000", "--budget", "1000", quiet=True).split()[-1]
     until("the new key is known", lambda: ask(WORKER, "question 0", key)[0] == 200, 30)
-    asking = _Asking(key)
+    asking = Asking(WORKER, key)
     until("ten requests were answered", lambda: asking.answered >= 10, 60)
     # /readyz starts every provider actor; one that only then starts would be started anew by a new head.
     until("every worker is ready", _ready, 120)
@@ -141,32 +141,6 @@ def work(kind: str) -> dict[str, Any]:
     step("fugu down")
     fugu("down", str(cluster), "--yes")
     return told
-
-
-class _Asking:
-    """Requests to the worker one after the other, from a thread, and how they ended: by status, 0 for no connection."""
-
-    def __init__(self, key: str) -> None:
-        self.ended: dict[int, int] = {}
-        self._key = key
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._ask, daemon=True)
-        self._thread.start()
-
-    @property
-    def answered(self) -> int:
-        return self.ended.get(200, 0)
-
-    def stop(self) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _ask(self) -> None:
-        number = 0
-        while not self._over.wait(0.1):
-            code, _ = ask(WORKER, f"question {number % 40}", self._key)
-            self.ended[code] = self.ended.get(code, 0) + 1
-            number += 1
 
 
 def _used() -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """`fugu up` for real, on this machine: `python -m tests.cluster.local_up`.
 
 Two machines (tests/cluster/machines.py) and a cluster file for them, made of cluster/onprem.yaml. Then what a user
-does: `fugu up`, `fugu submit train evolve`, `fugu deploy`, a request over the network, `fugu status`, `fugu up` again
-(which changes nothing), `fugu down`. At the end no process of Ray may be left on either machine. Each step says when
-it began, in seconds.
+does, in the order of the README: `fugu up`, `fugu deploy`, `fugu submit train evolve`, `fugu deploy` with the
+checkpoint that it wrote, under requests over the network, `fugu status`, `fugu up` again (which changes nothing),
+`fugu down`. At the end no process of Ray may be left on either machine. Each step says when it began, in seconds.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from tests.cluster.machines import (
     HEAD,
     SHARED,
     WORKER,
+    Asking,
     ask,
     cluster_file,
     enter,
@@ -60,6 +61,10 @@ def work() -> None:
     step("fugu up")
     fugu("up", str(cluster))
     until("the worker has joined", lambda: "raylet" in " ".join(processes(WORKER)), 240, told)
+    where = ["--cluster", str(cluster), "--host", "0.0.0.0", "--wait", "300"]
+    step("fugu deploy")
+    fugu("deploy", str(pool), *where)
+    answered("order")
     step("fugu submit train evolve")
     out = SHARED / "router.safetensors"
     evolve = ["train", "evolve", "--config", str(pool), "--outcomes", str(SHARED / "outcomes"), "--out", str(out)]
@@ -68,17 +73,13 @@ def work() -> None:
     fugu("submit", "--cluster", str(cluster), "--name", "evolution", *evolve)
     # The file is the last thing that the job writes; asking for its state costs more than it does.
     until("the evolution has written its checkpoint", out.exists, JOB_SECONDS, told)
-    step("fugu deploy")
-    where = ["--cluster", str(cluster), "--host", "0.0.0.0"]
-    fugu("deploy", str(pool), *where, "--checkpoint", str(out), "--wait", "300")
-    step("requests")
-    for address in (HEAD,):
-        code, reply = ask(address, "question 3")
-        assert code == 200, reply
-        trace = reply["fugu"]
-        print(f"  {address} answered through {trace['worker']}, decided by {trace['source']}")
-        assert reply["choices"][0]["message"]["content"] in ("x", "y")
-        assert trace["source"] == "head"
+    step("fugu deploy --checkpoint")
+    asking = Asking(HEAD)
+    fugu("deploy", str(pool), *where, "--checkpoint", str(out))
+    until("the head decides", lambda: answered() == "head", 60)
+    asking.stop()
+    print(f"  requests meanwhile, by status: {asking.ended}")
+    assert set(asking.ended) == {200}
     step("fugu status")
     found = told()
     print(found)
@@ -88,10 +89,20 @@ def work() -> None:
     before = started(HEAD), started(WORKER)
     fugu("up", str(cluster))
     assert (started(HEAD), started(WORKER)) == before, "nothing has changed, and nothing is started anew"
-    code, reply = ask(HEAD, "question 5")
-    assert code == 200, reply
+    answered("head")
     step("fugu down")
     fugu("down", str(cluster), "--yes")
+
+
+def answered(decided: str | None = None) -> str:
+    """A request over the network; by what it was decided who answers, which is `decided`."""
+    code, reply = ask(HEAD, "question 3")
+    assert code == 200, reply
+    trace = reply["fugu"]
+    print(f"  {HEAD} answered through {trace['worker']}, decided by {trace['source']}")
+    assert reply["choices"][0]["message"]["content"] in ("x", "y")
+    assert decided in (None, trace["source"])
+    return str(trace["source"])
 
 
 def started(address: str) -> list[int]:

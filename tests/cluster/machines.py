@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -215,6 +216,33 @@ def ask(address: str, prompt: str, key: str = KEY) -> tuple[int, dict[str, Any]]
         return reply.status_code, reply.json()
     except (httpx.HTTPError, ValueError) as error:
         return 0, {"error": type(error).__name__}
+
+
+class Asking:
+    """Requests to a machine one after the other, from a thread, and how they ended: by status, 0 for no connection."""
+
+    def __init__(self, address: str, key: str = KEY) -> None:
+        self.ended: dict[int, int] = {}
+        self._address = address
+        self._key = key
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+        self._thread.start()
+
+    @property
+    def answered(self) -> int:
+        return self.ended.get(200, 0)
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _ask(self) -> None:
+        number = 0
+        while not self._over.wait(0.1):
+            code, _ = ask(self._address, f"question {number % 40}", self._key)
+            self.ended[code] = self.ended.get(code, 0) + 1
+            number += 1
 
 
 def fugu(*arguments: str, quiet: bool = False) -> str:
