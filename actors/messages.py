@@ -125,7 +125,8 @@ class ChatRequest:
     `extra` holds fields of the caller that we do not know; an adapter passes on what its provider accepts and names
     the rest in `ChatReply.dropped`. `sample_index` tells apart repeated samples of one request in the response cache.
     `max_attempts` bounds the upstream calls made for it (below the worker's own `retry.attempts`), for callers that
-    count what they spend.
+    count what they spend. `asides` are the places in `messages` of what the user's program said in one turn with tool
+    results, beside them; no worker is told of it.
     """
 
     messages: tuple[Message, ...]
@@ -142,6 +143,7 @@ class ChatRequest:
     extra: Mapping[str, Any] = field(default_factory=dict)
     sample_index: int = 0
     max_attempts: int | None = None
+    asides: tuple[int, ...] = ()
 
     def with_(self, **changes: Any) -> ChatRequest:
         """A copy with some fields changed."""
@@ -151,7 +153,7 @@ class ChatRequest:
         """SHA-256 (hex) over every field that can change the answer, the sample index included: equal requests, equal
         text, on any machine."""
         fields = asdict(self)
-        del fields["max_attempts"]
+        del fields["max_attempts"], fields["asides"]
         encoded = orjson.dumps(fields, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
         return hashlib.sha256(encoded).hexdigest()
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -120,16 +120,17 @@ def call_ref(id: str | None) -> CallRef | None:
     return None if found is None else CallRef(found[1], tuple(map(int, found[2][1:].split("_"))), int(found[3]))
 
 
-def awaited(messages: Sequence[Message]) -> str | None:
+def awaited(messages: Sequence[Message], asides: Collection[int] = ()) -> str | None:
     """The pause whose tools a conversation ends with the results of; None where it ends otherwise. What the client's
-    program notes after them (`system`) is no turn of the user's.
+    program notes after them (as `system`, or in the `asides` of a `ChatRequest`) is no turn of the user's.
 
     Raises:
         RequestError: the last results belong to several pauses.
     """
     pauses = set()
-    for message in reversed(messages):
-        if message.role in _NOTES:
+    for at in range(len(messages) - 1, -1, -1):
+        message = messages[at]
+        if message.role in _NOTES or at in asides:
             continue
         if message.role != "tool":
             break
@@ -141,7 +142,7 @@ def awaited(messages: Sequence[Message]) -> str | None:
     return pauses.pop() if pauses else None
 
 
-def resume(paused: Paused, messages: Sequence[Message]) -> Resumed:
+def resume(paused: Paused, messages: Sequence[Message], asides: Collection[int] = ()) -> Resumed:
     """Bring a conversation's tool results to the steps that asked for them.
 
     Raises:
@@ -153,7 +154,7 @@ def resume(paused: Paused, messages: Sequence[Message]) -> Resumed:
         # The caller kept the results only, and not who asked for them.
         next(index for index, message in enumerate(messages) if _answers(message) in ours),
     )
-    results = _Results.of(messages[begin:])
+    results = _Results.of(messages[begin:], {at - begin for at in asides})
     missing = [call.id for call in paused.open_calls if call.id not in results.said]
     if missing:
         raise RequestError(f"messages: the tool call {missing[0]} has no result", param="messages")
@@ -168,16 +169,17 @@ class _Results:
     notes: dict[str | None, list[Message]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, messages: Sequence[Message]) -> _Results:
+    def of(cls, messages: Sequence[Message], asides: Collection[int]) -> _Results:
         results = cls()
         beside: list[str | None] = []
-        for message in messages:
+        for at, message in enumerate(messages):
+            noted = message.role in _NOTES or at in asides
             if message.role == "tool":
                 results.said[message.tool_call_id] = message
                 beside.append(message.tool_call_id)
-            elif message.role not in _NOTES:
+            elif not noted:
                 beside = []
-            for id in beside if message.role in _NOTES else ():
+            for id in beside if noted else ():
                 results.notes.setdefault(id, []).append(message)
         return results
 

@@ -56,6 +56,9 @@ _PASSED_ON = ("cache_control", "container", "inference_geo", "service_tier", "sp
 # Ways of asking for state that is kept elsewhere, or for what only Anthropic's own servers do.
 _REFUSED = ("mcp_servers", "thread", "compaction")
 
+# How Claude Code tells that its user stopped a tool; the user's next words follow in the same turn.
+_INTERRUPTED = "[Request interrupted by user"
+
 _ERROR_TYPE = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -85,8 +88,11 @@ def to_request(body: CountBody) -> ChatRequest:
     messages: list[Message] = []
     if body.system:
         messages.append(Message("system", _system(body.system)))
+    asides: list[int] = []
     for index, turn in enumerate(body.messages):
-        messages += _turn(turn, f"messages[{index}]")
+        added = _turn(turn, f"messages[{index}]")
+        asides += (len(messages) + at for at in _asides(added))
+        messages += added
     tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(body.tools or ()))
     choice = body.tool_choice
     extra = {name: value for name in _PASSED_ON if (value := (body.model_extra or {}).get(name)) is not None}
@@ -106,6 +112,7 @@ def to_request(body: CountBody) -> ChatRequest:
         response_format=None if wanted is None else ResponseFormat("json_schema", schema=wanted.schema_, strict=True),
         reasoning_effort=body.output_config.effort if body.output_config else None,
         extra=extra,
+        asides=tuple(asides),
     )
     if not isinstance(body, MessagesBody):
         return request
@@ -150,6 +157,20 @@ def _turn(turn: TurnBody, where: str) -> list[Message]:
     if not messages:
         raise RequestError(f"{where}.content: must not be empty", param=f"{where}.content")
     return messages
+
+
+def _asides(turn: Sequence[Message]) -> list[int]:
+    """The places in a turn of what stands behind tool results: what the user's program has to tell the model that it
+    goes on with. A user who interrupts begins anew."""
+    behind = False
+    places = []
+    for at, message in enumerate(turn):
+        if behind and message.role == "user":
+            if _INTERRUPTED in message.text:
+                return []
+            places.append(at)
+        behind = behind or message.role == "tool"
+    return places
 
 
 def _assistant(blocks: Sequence[dict[str, Any]], where: str) -> Message:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from actors.errors import FuguError, NoWorkerAllowedError
+from actors.errors import FuguError, NoWorkerAllowedError, RequestError
 from actors.messages import ChatReply, ChatRequest, Chunk, ToolCallDelta, Worker
 from orchestrator import memory
 from orchestrator.assign import Assign, Conversation
@@ -47,13 +47,14 @@ class UltraEngine:
         found = await self._decided(request, job)
         job.trace.choice, ranking = found
         assign = self._assign(job, request.messages, found) if self._conducting.config.assign == "router" else None
+        resumed = await self._resumed(request, job.caller.id)
         answering = _Answering(
             job,
-            request,
+            request.with_(asides=()),
             replace(self._conducting, writer=self._deciding.counted(self._conducting.writer, job.trace, "plan")),
             Pool(self._conducting.names, workers, self._conducting.about, assign),
             ranking,
-            await self._resumed(request, job.caller.id),
+            resumed,
         )
         show = job.wishes.show_turns is not False
         told: list[str] = []
@@ -117,13 +118,20 @@ class UltraEngine:
             WorkflowGoneError: it is not known, or no longer.
             RequestError: one of its calls has no result.
         """
-        id = memory.awaited(request.messages)
+        messages, asides = request.messages, request.asides
+        id = memory.awaited(messages, asides)
         if id is None:
             return None
         text = await self._store.get(WORKFLOW, id, owner)
-        if text is None:
-            raise memory.gone(id)
-        return memory.resume(memory.from_text(id, text.decode()), request.messages)
+        try:
+            if text is None:
+                raise memory.gone(id)
+            return memory.resume(memory.from_text(id, text.decode()), messages, asides)
+        except RequestError:
+            # Somebody said more than the results: that is planned anew where it cannot go on.
+            if len(messages) - 1 in asides:
+                return None
+            raise
 
     async def _kept(self, answering: _Answering) -> ChatReply:
         """The answer; where it asks the caller for tools, the workflow is kept before anybody hears of them."""

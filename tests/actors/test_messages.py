@@ -51,11 +51,12 @@ def test_every_field_is_in_the_fingerprint(changes: dict[str, Any]) -> None:
 
 
 def test_every_field_was_tried() -> None:
-    assert {name for changes in CHANGES for name in changes} == set(ChatRequest.__dataclass_fields__) - {"max_attempts"}
+    without = {"max_attempts", "asides"}
+    assert {name for changes in CHANGES for name in changes} == set(ChatRequest.__dataclass_fields__) - without
 
 
-def test_how_often_a_call_may_be_tried_does_not_change_its_answer() -> None:
-    assert REQUEST.with_(max_attempts=1).fingerprint() == REQUEST.fingerprint()
+def test_what_no_worker_is_told_does_not_change_its_answer() -> None:
+    assert REQUEST.with_(max_attempts=1, asides=(1,)).fingerprint() == REQUEST.fingerprint()
 
 
 def test_the_same_request_has_the_same_fingerprint_in_another_process() -> None:
