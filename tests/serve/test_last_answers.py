@@ -22,7 +22,7 @@ from serve.gateway import Gateway
 from serve.last_answers import LastAnswers, held_part, stay
 from serve.store import Kept, SqliteStore
 from tests.loopback import Behaviour, LoopbackProvider
-from tests.serve.test_faults import Direct
+from tests.serve.linked import Direct
 from tests.serve.test_gateway import Fixed, post
 
 DIALECTS = {"gpt": "openai", "other": "openai", "claude": "anthropic"}

@@ -22,7 +22,7 @@ from serve.api.health import Readiness
 from serve.gateway import Gateway
 from serve.router import OrderDecider
 from tests.loopback import Behaviour, LoopbackProvider, ToolCall
-from tests.serve.test_faults import Direct
+from tests.serve.linked import Direct
 
 WORKERS = {"chatty": ("openai", "gpt-5.5"), "claudine": ("anthropic", "claude-opus-4-8")}
 PIXEL = "iVBORw0KGgo="

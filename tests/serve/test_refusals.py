@@ -22,7 +22,7 @@ from serve.api.health import Readiness
 from serve.gateway import Gateway
 from serve.router import OrderDecider
 from tests.loopback import Behaviour, LoopbackProvider
-from tests.serve.test_faults import Direct
+from tests.serve.linked import Direct
 
 WHY = "I cannot help with that."
 ASKED: Any = [{"role": "user", "content": "how?"}]
