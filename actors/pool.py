@@ -24,7 +24,8 @@ from ray.exceptions import RayActorError, RayError
 from actors.chat_span import begin_chat, tell_reply
 from actors.config import FuguConfig, WorkerSpec
 from actors.errors import FuguError, StreamBrokenError, WorkerRejectedError, WorkerUnavailableError
-from actors.link import Endpoint, Link, LinkLostError
+from actors.link import Endpoint
+from actors.link_client import Link, LinkLostError
 from actors.messages import ChatReply, ChatRequest, Chunk, Message
 from actors.placement import provider_resources
 from actors.provider import LimitWindow, ProviderActor

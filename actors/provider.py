@@ -22,7 +22,8 @@ from actors.errors import ConfigError, FuguError, WorkerUnavailableError
 from actors.gauges import EVERY_SECONDS, WorkerGauges
 from actors.journal import Journal, journal_path
 from actors.limiter import SLACK, WINDOW
-from actors.link import Endpoint, LinkServer
+from actors.link import Endpoint
+from actors.link_server import LinkServer
 from actors.status import WorkerStatus
 from actors.telemetry import TelemetryConfig, open_telemetry
 from actors.worker import WorkerRuntime

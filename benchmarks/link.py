@@ -24,7 +24,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from actors.link import Endpoint, Link, LinkServer
+from actors.link import Endpoint
+from actors.link_client import Link
+from actors.link_server import LinkServer
 from actors.messages import ChatReply, ChatRequest, Chunk, Message
 
 REQUEST = ChatRequest((Message("user", "What is the capital of France? " * 10),))

@@ -14,9 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors import link as link_module
+from actors import link_client, link_server
 from actors.errors import RateLimitedError, StreamBrokenError, WorkerError
-from actors.link import Endpoint, Link, LinkLostError, LinkServer, merge
+from actors.link import Endpoint
+from actors.link_client import Link, LinkLostError
+from actors.link_server import LinkServer, merge
 from actors.messages import ChatReply, ChatRequest, Chunk, Message, ToolCallDelta, Usage
 
 
@@ -194,13 +196,13 @@ async def test_a_slow_reader_holds_the_writer_back() -> None:
 
 
 async def test_a_hanging_server_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_module, "_PING_SECONDS", 0.05)
+    monkeypatch.setattr(link_client, "_PING_SECONDS", 0.05)
     async with connected() as (link, _, _, _):
         # Answers to pings keep it alive although the call itself takes long.
         task = asyncio.create_task(link.complete("w", ask("wait")))
         await asyncio.sleep(0.5)
         assert not task.done()
-        monkeypatch.setattr(link_module._ServerConnection, "received", lambda *_: None)
+        monkeypatch.setattr(link_server._ServerConnection, "received", lambda *_: None)
         with pytest.raises(LinkLostError):
             await asyncio.wait_for(task, 2)
 
@@ -246,7 +248,7 @@ async def test_a_client_does_not_trust_a_stranger_on_the_port() -> None:
 
 
 async def test_who_says_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_module, "_HANDSHAKE_SECONDS", 0.1)
+    monkeypatch.setattr(link_server, "HANDSHAKE_SECONDS", 0.1)
     async with connected() as (_, _, _, endpoint):
         reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
         with contextlib.suppress(ConnectionError):

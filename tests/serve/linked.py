@@ -13,7 +13,8 @@ import httpx
 from actors.adapters.anthropic import AnthropicAdapter
 from actors.adapters.openai import OpenAIAdapter
 from actors.config import FuguConfig, WorkerSpec
-from actors.link import Link, LinkServer
+from actors.link_client import Link
+from actors.link_server import LinkServer
 from actors.messages import ChatReply, ChatRequest, Chunk, Worker
 from actors.transport import make_transport
 from actors.worker import WorkerRuntime

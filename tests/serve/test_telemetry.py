@@ -22,7 +22,9 @@ from actors.adapters.build import build_adapters
 from actors.chat_span import CONTENT_CHARACTERS, begin_chat
 from actors.config import FuguConfig, load_config
 from actors.errors import ConfigError, FuguError, WorkerUnavailableError
-from actors.link import Endpoint, Link, LinkServer
+from actors.link import Endpoint
+from actors.link_client import Link
+from actors.link_server import LinkServer
 from actors.messages import ChatRequest, Message
 from actors.otel import CLOSE_SECONDS, Telemetry
 from actors.pool import PoolWorker, Shard
@@ -544,7 +546,7 @@ async def test_off_nothing_is_sent(collector: Collector, provider: LoopbackProvi
 
 def test_off_nothing_is_imported() -> None:
     code = (
-        "import sys, actors.config, actors.link, actors.worker, serve.tracing;"
+        "import sys, actors.config, actors.link_client, actors.link_server, actors.worker, serve.tracing;"
         "from actors.telemetry import open_telemetry; assert open_telemetry(None, 'x') is None;"
         "print([name for name in sys.modules if name == 'actors.otel' or '.otlp' in name])"
     )
