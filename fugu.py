@@ -11,7 +11,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-from actors.config import FuguConfig, load_config
+from actors.config import FuguConfig
+from actors.config_file import load_config
 from actors.console import error_line
 from actors.errors import ConfigError, FuguError
 from serve import cluster_cli, keys_cli

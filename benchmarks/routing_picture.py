@@ -17,7 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from actors.config import load_config
+from actors.config_file import load_config
 from actors.messages import Message
 from actors.model_files import resolve_model
 from orchestrator.router import Router

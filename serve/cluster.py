@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.config import read_yaml
+from actors.config_file import read_yaml
 from actors.errors import ClusterError, ConfigError
 from serve.emit import text
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import ray
 from ray import serve
 
-from actors.config import FuguConfig, Strict, load_config, parse_config
+from actors.config import FuguConfig, Strict
+from actors.config_file import load_config, parse_config
 from actors.placement import resources
 from serve.app import assemble, build_app
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from actors.config import FuguConfig, RouterConfig, named_pins, parse_config, read_yaml
+from actors.config import FuguConfig, RouterConfig
+from actors.config_file import named_pins, parse_config, read_yaml
 from actors.errors import ConfigError
 from actors.storage import local_copy
 from serve.auth import check_bind

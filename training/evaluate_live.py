@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import ValidationError
 
-from actors.config import FuguConfig, WorkerSpec, load_config
+from actors.config import FuguConfig, WorkerSpec
+from actors.config_file import load_config
 from actors.errors import ConfigError, DataError, FuguError, GradingError
 from actors.messages import ChatReply, ChatRequest, Message, Timing, Usage, Worker
 from orchestrator.backbone import Device

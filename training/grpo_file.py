@@ -17,7 +17,7 @@ from training.grpo_train import GrpoRun, task_numbers  # first: it sets up OpenM
 import torch  # isort: skip
 import yaml
 
-from actors.config import load_config
+from actors.config_file import load_config
 from actors.errors import ConfigError
 from actors.estimate import text_tokens
 from actors.model_files import resolve_model

@@ -11,7 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from actors.config import FuguConfig, load_config
+from actors.config import FuguConfig
+from actors.config_file import load_config
 from actors.errors import ClusterError, ConfigError, FuguError
 from training.grpo_train import GrpoReport, GrpoRun
 from training.grpo_train import run as run_here

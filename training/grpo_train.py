@@ -22,7 +22,8 @@ from training.lora import STATE, Precision
 
 import torch  # isort: skip
 
-from actors.config import FuguConfig, load_config
+from actors.config import FuguConfig
+from actors.config_file import load_config
 from actors.errors import ConfigError
 from actors.model_files import EMBEDDED_ALIAS, ModelFiles, resolve_model
 from orchestrator.assign import WhoAssigns

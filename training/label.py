@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from actors.config import FuguConfig, load_config
+from actors.config import FuguConfig
+from actors.config_file import load_config
 from actors.errors import ConfigError, DataError
 from training.journal import JOURNAL, Journal, Sample, fold, known_outcomes, opened
 from training.label_report import LabelReport, WorkerReport, shown

@@ -13,7 +13,8 @@ import ray
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actors.config import FuguConfig, load_config
+from actors.config import FuguConfig
+from actors.config_file import load_config
 from actors.errors import ConfigError, DataError
 from actors.messages import ChatReply
 from actors.model_files import cache_dir

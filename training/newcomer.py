@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.config import load_config
+from actors.config_file import load_config
 from actors.errors import CheckpointError, ConfigError, DataError
 from actors.model_files import resolve_model
 from orchestrator.backbone import Device

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from actors.config import FuguConfig, WorkerSpec, load_config
+from actors.config import FuguConfig, WorkerSpec
+from actors.config_file import load_config
 from actors.errors import ConfigError, FuguError
 from actors.messages import ChatRequest, Message, Usage, Worker
 from orchestrator.conductor import ConductorSettings

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from actors.config import FuguConfig, WorkerSpec, load_config
+from actors.config import FuguConfig, WorkerSpec
+from actors.config_file import load_config
 from actors.errors import ConfigError
 from actors.pool import grouped
 

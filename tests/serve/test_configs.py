@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from actors.config import FuguConfig, load_config
+from actors.config import FuguConfig
+from actors.config_file import load_config
 from actors.errors import ConfigError
 from serve.app import needs_router
 from serve.conductor import why_no_conductor

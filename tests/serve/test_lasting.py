@@ -12,7 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from actors.config import ConductorConfig, ServeConfig, Timeout, load_config, read_yaml
+from actors.config import ConductorConfig, ServeConfig, Timeout
+from actors.config_file import load_config, read_yaml
 from tests.faults import MESSAGES, PATHS, Reader, body_of, text_of
 from tests.loopback import Behaviour, LoopbackProvider
 from tests.serve.conftest import IDLE, KEY

@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from actors.config import FuguConfig, RouterConfig, load_config, parse_config
+from actors.config import FuguConfig, RouterConfig
+from actors.config_file import load_config, parse_config
 from actors.errors import ConfigError
 from actors.messages import Message
 from actors.model_files import resolve_model

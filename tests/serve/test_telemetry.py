@@ -20,7 +20,8 @@ import pytest
 from actors import telemetry as telemetry_module
 from actors.adapters.build import build_adapters
 from actors.chat_span import CONTENT_CHARACTERS, begin_chat
-from actors.config import FuguConfig, load_config
+from actors.config import FuguConfig
+from actors.config_file import load_config
 from actors.errors import ConfigError, FuguError, WorkerUnavailableError
 from actors.link import Endpoint
 from actors.link_client import Link

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from actors.config import FuguConfig, load_config, parse_config
+from actors.config import FuguConfig
+from actors.config_file import load_config, parse_config
 from actors.errors import CheckpointError, ConfigError
 from actors.pool import WorkerPool
 from orchestrator.conductor_card import ConductorCard, write_card

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from actors.config import load_config
+from actors.config_file import load_config
 from actors.model_files import EMBEDDED_ID, GGUF_SHA256, resolve_model
 from orchestrator.head import check_fits, load_checkpoint
 from orchestrator.router import Router

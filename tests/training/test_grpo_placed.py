@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from actors.config import load_config
+from actors.config_file import load_config
 from actors.errors import CheckpointError, ClusterError
 from tests.actors.tiny_chat import tiny_chat_folder
 from tests.training.conductors import pool_file

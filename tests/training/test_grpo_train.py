@@ -256,7 +256,7 @@ def upstream() -> Iterator[LoopbackProvider]:
 def test_rollouts_over_the_cluster_come_back_in_order(
     ray_session: None, upstream: LoopbackProvider, tmp_path: Path
 ) -> None:
-    from actors.config import load_config
+    from actors.config_file import load_config
     from training.conductor_fanout import RayRollouts
 
     workers = [
