@@ -50,6 +50,7 @@ from serve.schema import ChatBody
 from serve.schema_answers import (
     ChatCompletionBody,
     HealthBody,
+    InputTokensAnswerBody,
     MessageAnswerBody,
     MessagesErrorBody,
     ModelBody,
@@ -59,7 +60,7 @@ from serve.schema_answers import (
     TokensBody,
 )
 from serve.schema_messages import CountBody, MessagesBody
-from serve.schema_responses import ResponsesBody
+from serve.schema_responses import InputTokensBody, ResponsesBody
 from serve.store import SqliteStore, Store
 from serve.translate import dumps
 
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fugu.gateway")
 
 COUNT_PATH = f"{MessagesDialect.path}/count_tokens"
+INPUT_PATH = f"{ResponsesDialect.path}/input_tokens"
 DAY = 86400.0
 
 
@@ -114,7 +116,8 @@ class Gateway:
         conversations = Conversations(store, config.serve.store_days * DAY)
         meter = meter or NoMeter()
         background = Background(conversations, config.serve.request_timeout, meter)
-        dialects: tuple[Dialect, ...] = (ChatDialect(), ResponsesDialect(conversations), MessagesDialect())
+        responses = ResponsesDialect(conversations)
+        dialects: tuple[Dialect, ...] = (ChatDialect(), responses, MessagesDialect())
         self._endpoints: dict[str, Endpoint | CountEndpoint] = {
             dialect.path: Endpoint(
                 dialect, deciding, engines, keys, wishes, background, meter, served=served, telemetry=telemetry
@@ -122,6 +125,7 @@ class Gateway:
             for dialect in dialects
         }
         self._endpoints[COUNT_PATH] = CountEndpoint(MessagesDialect(), keys, config.serve, count_tokens)
+        self._endpoints[INPUT_PATH] = CountEndpoint(responses, keys, config.serve, responses.count_tokens)
         self._rest = _rest(config, readiness, served, conversations, keys)
         self._limit = config.serve.max_ongoing_requests
         self._ongoing = 0
@@ -134,8 +138,12 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = self._endpoints.get(scope.get("path", ""))
-        if endpoint is None or scope["type"] != "http" or scope["method"] != "POST":
+        if endpoint is None or scope["type"] != "http":
             await self._rest(scope, receive, send)
+            return
+        if scope["method"] != "POST":
+            # Not FastAPI's: it would take the end of some of these paths for the id of a response.
+            await send_error(send, _wrong_method(scope["method"], scope["path"]), extra=((b"allow", b"POST"),))
             return
         if self._ongoing >= self._limit:
             error = OverloadedError(f"{self._limit} requests are being answered", retry_after=1)
@@ -321,6 +329,15 @@ def _describe_conversations(app: FastAPI) -> None:
     async def count(body: CountBody) -> None:
         raise NotImplementedError
 
+    @app.post(
+        INPUT_PATH,
+        summary="Estimate the tokens of a response's input",
+        response_class=Response,
+        responses=told(InputTokensAnswerBody, COUNTING),
+    )
+    async def input_tokens(body: InputTokensBody) -> None:
+        raise NotImplementedError
+
 
 def _credential(request: Request) -> bytes | None:
     """OpenAI's header, or Anthropic's: their clients ask on the same path."""
@@ -359,10 +376,14 @@ def _as_fugu_error(request: Request, error: Exception) -> FuguError:
         return FuguError("internal error; the server's log has more")
     what = f"{request.method} {request.url.path[:128]}"
     if error.status_code == 405:
-        return MethodNotAllowedError(f"{what}: this path does not take {request.method}")
+        return _wrong_method(request.method, request.url.path)
     if error.status_code == 404:
         return NotFoundError(f"{what}: there is no such path; see /docs")
     return RequestError(f"{what}: {error.detail}")
+
+
+def _wrong_method(method: str, path: str) -> MethodNotAllowedError:
+    return MethodNotAllowedError(f"{method} {path[:128]}: this path does not take {method}")
 
 
 async def _never(request: Request) -> Response:

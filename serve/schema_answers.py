@@ -202,6 +202,13 @@ class MessageUsage(BaseModel):
     orchestration_output_tokens: Tokens
 
 
+class InputTokensAnswerBody(BaseModel):
+    """An estimate that leans upward."""
+
+    object: Literal["response.input_tokens"]
+    input_tokens: Tokens
+
+
 class MessageBlock(BaseModel):
     type: Literal["text", "tool_use", "thinking", "redacted_thinking"]
 

@@ -110,26 +110,37 @@ class TextBody(Open):
     verbosity: str | None = None
 
 
-class ResponsesBody(Open):
-    """The whole body."""
+class InputBody(Open):
+    """What a response is made from: all that `input_tokens` counts, and the part that a response shares with it."""
 
-    model: NonEmpty
     input: str | list[dict[str, Any]] = ""
     instructions: str | None = None
     previous_response_id: NonEmpty | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
+    reasoning: ReasoningBody | None = None
+    text: TextBody | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+
+
+class InputTokensBody(InputBody):
+    """`model` may be left out: which worker will read it is not known anyway."""
+
+    model: NonEmpty | None = None
+
+
+class ResponsesBody(InputBody):
+    """The whole body."""
+
+    model: NonEmpty
     max_output_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    reasoning: ReasoningBody | None = None
-    text: TextBody | None = None
     include: list[str] | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
     background: bool | None = None
     stream: bool | None = None
-    truncation: Literal["auto", "disabled"] | None = None
     user: str | None = None
     fugu: FuguBody | None = None

@@ -33,6 +33,7 @@ from serve.schema_responses import (
     FunctionCallItem,
     FunctionToolBody,
     ImageContent,
+    InputBody,
     MessageItem,
     NamedChoice,
     NamespaceToolBody,
@@ -65,7 +66,7 @@ class Tools:
 
 
 def to_request(
-    body: ResponsesBody, earlier: Sequence[Mapping[str, Any]], tools: Tools
+    body: InputBody, earlier: Sequence[Mapping[str, Any]], tools: Tools
 ) -> tuple[ChatRequest, tuple[str, ...]]:
     """The request for a worker, and the fields that were dropped. `earlier` are the items of the responses that this
     one goes on from.
@@ -79,7 +80,8 @@ def to_request(
             raise RequestError(
                 f"{name}: this server does not keep or do that; send the conversation itself", param=name
             )
-    if extra.get("top_logprobs") or "message.output_text.logprobs" in (body.include or ()):
+    included = (body.include if isinstance(body, ResponsesBody) else None) or ()
+    if extra.get("top_logprobs") or "message.output_text.logprobs" in included:
         field = "top_logprobs" if extra.get("top_logprobs") else "include"
         raise RequestError(f"{field}: answers here carry no probabilities of tokens", param=field)
     messages: list[Message] = [Message("system", body.instructions)] if body.instructions else []
@@ -96,8 +98,6 @@ def to_request(
     passed = {name: extra[name] for name in _PASSED_ON if extra.get(name) is not None}
     if text is not None and text.verbosity is not None:
         passed["verbosity"] = text.verbosity
-    if body.user is not None:
-        passed["user"] = body.user
     known = {*_PASSED_ON, *_REFUSED, *_SILENT}
     dropped = [name for name, value in extra.items() if name not in known and value not in (None, 0, [], {})]
     if reasoning is not None:
@@ -109,14 +109,16 @@ def to_request(
         tools=specs,
         tool_choice=choice,
         parallel_tool_calls=body.parallel_tool_calls if specs else None,
-        max_tokens=body.max_output_tokens,
-        temperature=body.temperature,
-        top_p=body.top_p,
         response_format=_format(text.format if text is not None else None),
         reasoning_effort=reasoning.effort if reasoning is not None else None,
         extra=passed,
     )
-    return request, tuple(dropped)
+    if not isinstance(body, ResponsesBody):
+        return request, tuple(dropped)
+    if body.user is not None:
+        passed["user"] = body.user
+    settings = {"max_tokens": body.max_output_tokens, "temperature": body.temperature, "top_p": body.top_p}
+    return request.with_(**settings), tuple(dropped)
 
 
 def read_tools(tools: Sequence[dict[str, Any]] | None) -> Tools:

@@ -12,6 +12,7 @@ import orjson
 from actors.errors import NotFoundError, RequestError
 from serve.api.kept_events import KeptEvents
 from serve.auth import Caller
+from serve.schema_responses import InputBody
 from serve.store import Kept, Store
 
 RESPONSE, ITEM, BEAT = "response", "item", "beat"
@@ -179,6 +180,16 @@ class Conversations:
             "last_id": page[-1]["id"] if page else None,
             "has_more": len(items) > limit,
         }
+
+    async def earlier(self, body: InputBody, caller: Caller) -> list[dict[str, Any]]:
+        """The items that a request goes on from, its own references replaced by what they refer to.
+
+        Raises:
+            NotFoundError, RequestError: as `items` and `resolved`.
+        """
+        if isinstance(body.input, list):
+            body.input = await self.resolved(body.input, caller)
+        return [] if body.previous_response_id is None else await self.items(body.previous_response_id, caller)
 
     async def resolved(self, items: Sequence[dict[str, Any]], caller: Caller) -> list[dict[str, Any]]:
         """The items with references to kept ones replaced by what they refer to.

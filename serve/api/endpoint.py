@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -255,9 +255,11 @@ def _note_end(trace: Trace, done: Done) -> None:
 
 
 class CountEndpoint:
-    """Answers how many tokens a body of a dialect has. `count` makes the answer of it."""
+    """Answers how many tokens a body of a dialect has. `count` makes the answer of it, for its caller."""
 
-    def __init__(self, dialect: Dialect, keys: Keys, config: ServeConfig, count: Callable[[bytes], bytes]) -> None:
+    def __init__(
+        self, dialect: Dialect, keys: Keys, config: ServeConfig, count: Callable[[bytes, Caller], Awaitable[bytes]]
+    ) -> None:
         self._dialect = dialect
         self._keys = keys
         self._config = config
@@ -267,9 +269,10 @@ class CountEndpoint:
         headers = headers_of(scope)
         answer = _Answer(send, self._dialect, request_id(headers))
         try:
-            await self._keys.enter(self._dialect.credential(headers))
+            caller = await self._keys.enter(self._dialect.credential(headers))
             _check_content_type(headers)
-            await answer.whole(self._count(await read_body(headers, receive, self._config.max_body_bytes)))
+            raw = await read_body(headers, receive, self._config.max_body_bytes)
+            await answer.whole(await self._count(raw, caller))
         except FuguError as error:
             await answer.fail(error, None)
 

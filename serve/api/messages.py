@@ -155,7 +155,7 @@ class MessagesExchange:
         return sum(self._shows(each) for each in self._blocks.done if each.number < block.number)
 
 
-def count_tokens(raw: bytes) -> bytes:
+async def count_tokens(raw: bytes, caller: Caller) -> bytes:
     """The body of `POST /v1/messages/count_tokens`: an estimate, since which worker will read it is not known yet.
 
     Raises:

@@ -70,8 +70,8 @@ _BLOCKS: Mapping[str | None, type[BaseModel]] = {
 _SAID: Mapping[str | None, type[BaseModel]] = {kind: _BLOCKS[kind] for kind in ("text", "image", "document")}
 _CLIENT_TOOLS: Mapping[str | None, type[BaseModel]] = {None: messages.ClientToolBody, "custom": messages.ClientToolBody}
 _READ_BY_TYPE: Mapping[tuple[str, str], Mapping[str | None, type[BaseModel]]] = {
-    ("ResponsesBody", "input"): _ITEMS,
-    ("ResponsesBody", "tools"): _TOOLS,
+    **{(body, "input"): _ITEMS for body in ("ResponsesBody", "InputTokensBody")},
+    **{(body, "tools"): _TOOLS for body in ("ResponsesBody", "InputTokensBody")},
     ("MessageItem", "content"): _PARTS,
     ("OutputItem", "output"): _PARTS,
     ("NamespaceToolBody", "tools"): {kind: _TOOLS[kind] for kind in ("function", "custom")},

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from actors.errors import FuguError, RequestError
+from actors.estimate import estimate_tokens
 from actors.messages import ChatReply, ChatRequest, Chunk
 from serve.api.conversations import Conversations, Record
 from serve.api.job import Done
@@ -17,7 +18,7 @@ from serve.api.responses_output import EventWriter, Output, error_body, usage_bo
 from serve.auth import Caller
 from serve.blocks import Block, Blocks, Step, blocks_of
 from serve.schema import parse_body
-from serve.schema_responses import ResponsesBody
+from serve.schema_responses import InputTokensBody, ResponsesBody
 from serve.translate import dumps
 from serve.translate_responses import read_tools, to_request
 
@@ -41,12 +42,19 @@ class ResponsesDialect:
         body = parse_body(raw, ResponsesBody)
         if body.background and (body.store is False or not self._conversations.keeps):
             raise RequestError("background: the response has to be kept, so store must not be off", param="background")
-        if isinstance(body.input, list):
-            body.input = await self._conversations.resolved(body.input, caller)
-        earlier: Sequence[Mapping[str, Any]] = ()
-        if body.previous_response_id is not None:
-            earlier = await self._conversations.items(body.previous_response_id, caller)
+        earlier = await self._conversations.earlier(body, caller)
         return ResponsesExchange(body, earlier, caller, self._conversations)
+
+    async def count_tokens(self, raw: bytes, caller: Caller) -> bytes:
+        """The body of `POST /v1/responses/input_tokens`: an estimate, since which worker will read it is not known yet.
+
+        Raises:
+            RequestError: as for a response.
+        """
+        body = parse_body(raw, InputTokensBody)
+        earlier = await self._conversations.earlier(body, caller)
+        request, _ = to_request(body, earlier, read_tools(body.tools))
+        return dumps({"object": "response.input_tokens", "input_tokens": estimate_tokens(request).input})
 
     def error(self, error: FuguError, trace: Mapping[str, Any] | None, id: str) -> None:
         return None

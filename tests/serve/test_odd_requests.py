@@ -268,6 +268,24 @@ async def test_a_picture_from_a_tool_reaches_either_worker(gpt: openai.AsyncOpen
     assert claudine[-1]["content"][0]["content"][0]["source"]["data"] == PIXEL
 
 
+async def test_counting_the_tokens_of_an_input(gpt: openai.AsyncOpenAI, provider: LoopbackProvider) -> None:
+    few = await gpt.responses.input_tokens.count(model="fugu", input="hello")
+    assert few.object == "response.input_tokens"
+    assert 1 <= few.input_tokens < 40
+    asked: Any = {"input": [{"role": "user", "content": "hello " * 100}], "tools": [LOOK], "instructions": "Be short."}
+    many = await gpt.responses.input_tokens.count(**asked)
+    assert many.input_tokens > 150
+    made = await gpt.responses.create(model="fugu", **asked)
+    requests = len(provider.requests)
+    going_on = await gpt.responses.input_tokens.count(previous_response_id=made.id, input="and?", model=None)
+    assert going_on.input_tokens > 150, "with all that it goes on from"
+    with pytest.raises(openai.NotFoundError, match="previous_response_id"):
+        await gpt.responses.input_tokens.count(previous_response_id="resp_none", input="and?")
+    with pytest.raises(openai.BadRequestError, match=r"input\[0\]"):
+        await gpt.responses.input_tokens.count(input=[{"type": "computer_call"}])  # type: ignore[list-item,typeddict-item]
+    assert len(provider.requests) == requests, "no worker hears of it"
+
+
 # Messages
 
 
