@@ -53,14 +53,15 @@ class Holds:
     def __init__(self, config: FuguConfig, prices: Prices) -> None:
         self._config = config
         self._prices = prices
-        self._trusted = frozenset(spec.name for spec in config.active if native(spec) == "trusted")
+        self._specs = {spec.name: spec for spec in config.active}
 
     def usd(self, job: Job, estimate: Estimate) -> float:
         calls, repairs = self._calls(job), self._repairs(job)
         once, again = _once(estimate), _again(estimate)
+        trusted = self._trusted(job) if repairs else frozenset()
 
         def usd(name: str) -> float:
-            repair = 0.0 if name in self._trusted else repairs * (self._prices.usd(name, again) or 0.0)
+            repair = 0.0 if name in trusted else repairs * (self._prices.usd(name, again) or 0.0)
             return calls * (self._prices.usd(name, once) or 0.0) + repair
 
         names = job.wishes.allowed
@@ -72,7 +73,9 @@ class Holds:
         return most if own is None else min(most, own)
 
     def tokens(self, job: Job, estimate: Estimate) -> int:
-        repairs = 0 if self._trusted.issuperset(job.wishes.allowed) else self._repairs(job)
+        repairs = self._repairs(job)
+        if repairs and self._trusted(job).issuperset(job.wishes.allowed):
+            repairs = 0
         most = self._calls(job) * estimate.total + repairs * _again(estimate).total_tokens
         conductor = self._conductor(job)
         own = None if conductor is None else budget_of(conductor, job.wishes.knobs).tokens
@@ -80,6 +83,11 @@ class Holds:
 
     def _conductor(self, job: Job) -> ConductorConfig | None:
         return self._config.conductor if job.model.startswith(ULTRA) else None
+
+    def _trusted(self, job: Job) -> frozenset[str]:
+        """The workers whose API sees to what this request wants: no vendor's takes every schema."""
+        wanted = job.request.response_format
+        return frozenset(name for name, spec in self._specs.items() if native(spec, wanted) == "trusted")
 
     def _repairs(self, job: Job) -> int:
         """Of the calls, those whose answer has a form. In a session any turn may answer; of a workflow the last step

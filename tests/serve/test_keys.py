@@ -483,7 +483,7 @@ def test_what_a_request_may_cost(model: str, knobs: Knobs, calls: int) -> None:
     ],
 )
 def test_a_repair_is_reckoned_with_where_there_may_be_one(model: str, knobs: Knobs, calls: int, repairs: int) -> None:
-    """`a` is held to a schema by its vendor, `b` is not."""
+    """`a` is held to a schema by its vendor, if that takes it and is asked to; `b` is not."""
     price = {"price": {"input": 1.0, "output": 10.0}}
     specs = [
         {"name": "a", "provider": "openai", "model": "m", "base_url": "https://api.openai.com/v1", **price},
@@ -496,9 +496,11 @@ def test_a_repair_is_reckoned_with_where_there_may_be_one(model: str, knobs: Kno
         job = Job(model, request, Wishes(allowed, None, "argmax", False, None, knobs), Trace("id", 0.0), False)
         return Holds(config, Prices(config)).usd(job, Estimate(1000, 100))
 
-    shaped = ResponseFormat("json_schema", schema={"type": "object"})
+    shaped = ResponseFormat("json_schema", schema={"type": "object", "additionalProperties": False}, strict=True)
+    beyond = replace(shaped, schema={"type": "object", "additionalProperties": False, "minProperties": 1})
     plain = calls * 0.002
     assert usd(("a",), shaped) == pytest.approx(plain)
+    assert usd(("a",), beyond) == usd(("a",), replace(shaped, strict=None)) == usd(("b",), shaped)
     assert usd(("b",), None) == usd(("b",), ResponseFormat("text")) == pytest.approx(plain)
     assert (
         usd(("b",), shaped)
