@@ -25,6 +25,7 @@ from actors.pool import WorkerPool
 from actors.telemetry import open_telemetry
 from serve.api.background import Background
 from serve.api.chat import ChatDialect
+from serve.api.compaction import CompactDialect
 from serve.api.conversations import Conversations
 from serve.api.endpoint import CountEndpoint, Dialect, Endpoint
 from serve.api.fugu import FuguEngine
@@ -33,7 +34,7 @@ from serve.api.http import headers_of, send_error
 from serve.api.job import Deciding, Engine
 from serve.api.messages import MessagesDialect, count_tokens
 from serve.api.models import MODEL, Served, models_body, one_model_body
-from serve.api.openapi import COUNTING, LOOKING, describe, streams, told, wishes
+from serve.api.openapi import ASKING, COUNTING, LOOKING, describe, streams, told, wishes
 from serve.api.responses import ResponsesDialect
 from serve.api.responses_routes import add_routes
 from serve.api.session import TRINITY, TrinityEngine
@@ -49,6 +50,7 @@ from serve.router import Decider, OrderDecider, RouterClient
 from serve.schema import ChatBody
 from serve.schema_answers import (
     ChatCompletionBody,
+    CompactedBody,
     HealthBody,
     InputTokensAnswerBody,
     MessageAnswerBody,
@@ -60,7 +62,7 @@ from serve.schema_answers import (
     TokensBody,
 )
 from serve.schema_messages import CountBody, MessagesBody
-from serve.schema_responses import InputTokensBody, ResponsesBody
+from serve.schema_responses import CompactBody, InputTokensBody, ResponsesBody
 from serve.store import SqliteStore, Store
 from serve.translate import dumps
 
@@ -117,7 +119,7 @@ class Gateway:
         meter = meter or NoMeter()
         background = Background(conversations, config.serve.request_timeout, meter)
         responses = ResponsesDialect(conversations)
-        dialects: tuple[Dialect, ...] = (ChatDialect(), responses, MessagesDialect())
+        dialects: tuple[Dialect, ...] = (ChatDialect(), responses, MessagesDialect(), CompactDialect(conversations))
         self._endpoints: dict[str, Endpoint | CountEndpoint] = {
             dialect.path: Endpoint(
                 dialect, deciding, engines, keys, wishes, background, meter, served=served, telemetry=telemetry
@@ -327,6 +329,16 @@ def _describe_conversations(app: FastAPI) -> None:
         responses=told(TokensBody, COUNTING, MessagesErrorBody),
     )
     async def count(body: CountBody) -> None:
+        raise NotImplementedError
+
+    @app.post(
+        CompactDialect.path,
+        summary="Make a conversation shorter",
+        response_class=Response,
+        responses=told(CompactedBody, ASKING),
+        openapi_extra=wishes(),
+    )
+    async def compact(body: CompactBody) -> None:
         raise NotImplementedError
 
     @app.post(

@@ -175,6 +175,22 @@ class ResponseBody(BaseModel):
     fugu: Trace = None
 
 
+class CompactedItem(BaseModel):
+    """A message of the user's, or the summary."""
+
+    id: str
+    type: Literal["message", "compaction"]
+
+
+class CompactedBody(BaseModel):
+    id: str
+    object: Literal["response.compaction"]
+    created_at: int
+    output: list[CompactedItem]
+    usage: ResponseUsage
+    fugu: Trace = None
+
+
 class DeletedBody(BaseModel):
     id: str
     object: Literal["response"]

@@ -55,6 +55,10 @@ class ReasoningItem(Open):
     encrypted_content: str | None = None
 
 
+class CompactionItem(Open):
+    encrypted_content: NonEmpty
+
+
 class ReferenceItem(Open):
     id: NonEmpty
 
@@ -128,6 +132,13 @@ class InputTokensBody(InputBody):
     """`model` may be left out: which worker will read it is not known anyway."""
 
     model: NonEmpty | None = None
+
+
+class CompactBody(InputBody):
+    """The conversation that `compact` makes shorter; of the rest of a response's fields none has a meaning there."""
+
+    model: NonEmpty
+    fugu: FuguBody | None = None
 
 
 class ResponsesBody(InputBody):

@@ -1,4 +1,5 @@
-"""What a worker signed of its reasoning, as one opaque text that a client carries for it (`encrypted_content`)."""
+"""What a client carries for a worker as one opaque text (`encrypted_content`): what it signed of its reasoning, or its
+summary of a conversation."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import orjson
 from actors.messages import Thought
 
 _PREFIX = "fugu1."
+_SUMMARY = "fugu1s."
 
 
 def seal(thoughts: Sequence[Thought]) -> str:
@@ -31,3 +33,18 @@ def unseal(sealed: str | None) -> tuple[Thought, ...]:
         )
     except (binascii.Error, ValueError, TypeError):
         return ()
+
+
+def seal_summary(text: str) -> str:
+    """A summary as one line of text; `unseal_summary` gives it back."""
+    return _SUMMARY + base64.urlsafe_b64encode(text.encode("utf-8", "surrogatepass")).decode()
+
+
+def unseal_summary(sealed: str) -> str | None:
+    """The summary; None where the text is not of ours."""
+    if not sealed.startswith(_SUMMARY):
+        return None
+    try:
+        return base64.urlsafe_b64decode(sealed[len(_SUMMARY) :]).decode("utf-8", "surrogatepass")
+    except ValueError:
+        return None

@@ -27,6 +27,7 @@ from actors.messages import (
 from serve.freeform import freeform_arguments, freeform_tool
 from serve.schema import check
 from serve.schema_responses import (
+    CompactionItem,
     CustomCallItem,
     CustomToolBody,
     FormatBody,
@@ -43,11 +44,12 @@ from serve.schema_responses import (
     ResponsesBody,
     TextContent,
 )
-from serve.sealed import unseal
+from serve.sealed import unseal, unseal_summary
 
 _PASSED_ON = ("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "safety_identifier", "service_tier")
 # Ways of asking for state or text that is kept elsewhere, or for what only OpenAI's own servers do.
 _REFUSED = ("conversation", "prompt", "context_management", "moderation", "image", "background_options")
+_SUMMARY = "What has happened in this conversation so far; of the messages before only the user's own are left:"
 # Fields without a meaning for an answer: how a stream is padded, and what Codex says of itself.
 _SILENT = ("stream_options", "client_metadata")
 
@@ -232,6 +234,9 @@ class _ItemReader:
             self._flush()
             content = _content(output.output, f"{where}.output")
             self._messages.append(Message("tool", content, tool_call_id=output.call_id))
+        elif kind == "compaction":
+            self._flush()
+            self._messages.append(Message("user", _summary(check(item, CompactionItem, where), where)))
         else:
             raise RequestError(
                 f"{where}: items of type {str(kind)[:64]!r} cannot be handed to every worker", param=where
@@ -266,6 +271,13 @@ class _ItemReader:
                 )
             )
         self._thoughts, self._text, self._calls = [], None, []
+
+
+def _summary(item: CompactionItem, where: str) -> str:
+    summary = unseal_summary(item.encrypted_content)
+    if summary is None:
+        raise RequestError(f"{where}: another server made that summary, and nobody here can read it", param=where)
+    return f"{_SUMMARY}\n\n{summary}"
 
 
 def _refuses(content: str | tuple[Part, ...]) -> TypeGuard[tuple[Part, ...]]:

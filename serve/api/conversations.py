@@ -49,7 +49,7 @@ class Conversations:
         if self._store is None:
             return
         id = record.body["id"]
-        input = [_numbered(item, id, at) for at, item in enumerate(record.input)]
+        input = [numbered(item, id, at) for at, item in enumerate(record.input)]
         packed = orjson.dumps([record.body, input, record.output, record.previous])
         items = [Kept(ITEM, item["id"], orjson.dumps(item)) for item in record.output]
         await self._store.put([Kept(RESPONSE, id, packed), *items], caller.id, seconds=self._seconds)
@@ -172,7 +172,7 @@ class Conversations:
             if at is None:
                 raise RequestError(f"after: there is no item {after[:80]!r}", param="after")
             items = items[at + 1 :]
-        page = [_listed(item) for item in items[:limit]]
+        page = [listed(item) for item in items[:limit]]
         return {
             "object": "list",
             "data": page,
@@ -213,13 +213,14 @@ class Conversations:
         return item
 
 
-def _numbered(item: dict[str, Any], response: str, at: int) -> dict[str, Any]:
+def numbered(item: dict[str, Any], response: str, at: int) -> dict[str, Any]:
+    """An item of the input with an id, where it has none."""
     if isinstance(item.get("id"), str) and item["id"]:
         return item
     return item | {"id": f"in_{response.removeprefix('resp_')}{at:04x}"}
 
 
-def _listed(item: dict[str, Any]) -> dict[str, Any]:
+def listed(item: dict[str, Any]) -> dict[str, Any]:
     """An item as the reference lists it: a message's text in parts."""
     if item.get("type", "message") != "message" or not isinstance(item.get("content"), str):
         return {key: value for key, value in item.items() if key != "encrypted_content"}

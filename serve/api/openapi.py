@@ -45,6 +45,7 @@ _ITEMS: Mapping[str | None, type[BaseModel]] = {
     "custom_tool_call": responses.CustomCallItem,
     "function_call_output": responses.OutputItem,
     "custom_tool_call_output": responses.OutputItem,
+    "compaction": responses.CompactionItem,
     "item_reference": responses.ReferenceItem,
 }
 _PARTS: Mapping[str | None, type[BaseModel]] = {
@@ -70,8 +71,8 @@ _BLOCKS: Mapping[str | None, type[BaseModel]] = {
 _SAID: Mapping[str | None, type[BaseModel]] = {kind: _BLOCKS[kind] for kind in ("text", "image", "document")}
 _CLIENT_TOOLS: Mapping[str | None, type[BaseModel]] = {None: messages.ClientToolBody, "custom": messages.ClientToolBody}
 _READ_BY_TYPE: Mapping[tuple[str, str], Mapping[str | None, type[BaseModel]]] = {
-    **{(body, "input"): _ITEMS for body in ("ResponsesBody", "InputTokensBody")},
-    **{(body, "tools"): _TOOLS for body in ("ResponsesBody", "InputTokensBody")},
+    **{(body, "input"): _ITEMS for body in ("ResponsesBody", "InputTokensBody", "CompactBody")},
+    **{(body, "tools"): _TOOLS for body in ("ResponsesBody", "InputTokensBody", "CompactBody")},
     ("MessageItem", "content"): _PARTS,
     ("OutputItem", "output"): _PARTS,
     ("NamespaceToolBody", "tools"): {kind: _TOOLS[kind] for kind in ("function", "custom")},
@@ -162,7 +163,7 @@ def _complete(schema: dict[str, Any], models: tuple[str, ...]) -> None:
         _array_of(schemas[name]["properties"][field])["items"] = {
             "anyOf": [_typed(kind, model) for kind, model in by_type.items()]
         }
-    for name in ("ChatBody", "ResponsesBody", "CountBody", "MessagesBody"):
+    for name in ("ChatBody", "ResponsesBody", "CompactBody", "CountBody", "MessagesBody"):
         schemas[name]["properties"]["model"]["enum"] = list(models)
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
