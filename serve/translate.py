@@ -187,11 +187,12 @@ def _response_format(body: ResponseFormatBody | None) -> ResponseFormat | None:
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
+    written = {"cache_write_tokens": usage.cache_written_tokens} if usage.cache_written_tokens else {}
     return {
         "prompt_tokens": usage.input_tokens,
         "completion_tokens": usage.output_tokens,
         "total_tokens": usage.total_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_input_tokens},
+        "prompt_tokens_details": {"cached_tokens": usage.cached_input_tokens} | written,
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
 

@@ -164,7 +164,10 @@ def _part(kind: str, said: str) -> dict[str, Any]:
 
 def usage_body(visible: Usage, total: Usage) -> dict[str, Any]:
     """Fugu's usage object: orchestration tokens come on top and are part of the total."""
-    read: dict[str, Any] = {"cached_tokens": visible.cached_input_tokens, "cache_write_tokens": 0}
+    read: dict[str, Any] = {
+        "cached_tokens": visible.cached_input_tokens,
+        "cache_write_tokens": visible.cache_written_tokens,
+    }
     written: dict[str, Any] = {"reasoning_tokens": visible.reasoning_tokens}
     read["orchestration_input_tokens"] = total.input_tokens - visible.input_tokens
     read["orchestration_input_cached_tokens"] = total.cached_input_tokens - visible.cached_input_tokens

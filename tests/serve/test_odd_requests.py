@@ -21,7 +21,7 @@ from actors.worker import WorkerRuntime
 from serve.api.health import Readiness
 from serve.gateway import Gateway
 from serve.router import OrderDecider
-from tests.loopback import Behaviour, LoopbackProvider, ToolCall
+from tests.loopback import Behaviour, LoopbackProvider, ToolCall, Usage
 from tests.serve.linked import Direct
 
 WORKERS = {"chatty": ("openai", "gpt-5.5"), "claudine": ("anthropic", "claude-opus-4-8")}
@@ -284,6 +284,18 @@ async def test_counting_the_tokens_of_an_input(gpt: openai.AsyncOpenAI, provider
     with pytest.raises(openai.BadRequestError, match=r"input\[0\]"):
         await gpt.responses.input_tokens.count(input=[{"type": "computer_call"}])  # type: ignore[list-item,typeddict-item]
     assert len(provider.requests) == requests, "no worker hears of it"
+
+
+async def test_what_was_written_to_a_cache_is_told(gpt: openai.AsyncOpenAI, provider: LoopbackProvider) -> None:
+    provider.default = Behaviour(text="yes", usage=Usage(3000, 1, 1000, 0, 1500))
+    response = await gpt.responses.create(model="fugu", input="?", extra_body=only("claudine"))
+    assert response.usage is not None
+    details = response.usage.input_tokens_details
+    assert (details.cached_tokens, details.cache_write_tokens) == (1000, 1500)
+    answer = await gpt.chat.completions.create(model="fugu", messages=HELLO, extra_body=only("claudine"))
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens_details is not None
+    assert answer.usage.prompt_tokens_details.cache_write_tokens == 1500
 
 
 # Messages
