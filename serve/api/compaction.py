@@ -66,7 +66,10 @@ class CompactExchange:
 
     def request(self) -> tuple[ChatRequest, tuple[str, ...]]:
         request, dropped = to_request(self._body, self._earlier, Tools())
-        return request.with_(messages=(*request.messages, Message("user", _ASKED))), dropped
+        if request.response_format is not None and request.response_format.kind != "text":
+            # The form of the conversation's answers; a summary has none.
+            dropped = (*dropped, "text.format")
+        return request.with_(messages=(*request.messages, Message("user", _ASKED)), response_format=None), dropped
 
     def whole(self, done: Done) -> bytes:
         """Raises:

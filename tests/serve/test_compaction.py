@@ -81,3 +81,15 @@ async def test_what_is_no_summary_is_an_error(asked: tuple[openai.AsyncOpenAI, L
     with pytest.raises(openai.NotFoundError):
         await gpt.responses.compact(model="gpt-6", input="hello")
     assert len(provider.requests) == 1
+
+
+async def test_a_summary_has_no_form(asked: tuple[openai.AsyncOpenAI, LoopbackProvider]) -> None:
+    """What asks for the form of a conversation's answers, as a client that sends the same body does."""
+    gpt, provider = asked
+    text = {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}}
+    more = {"text": text, "fugu": {"trace": True}}
+    short = await gpt.responses.compact(model="fugu", input="Hello.", extra_body=more)
+    assert short.output[-1].type == "compaction"
+    assert len(provider.requests) == 1, "nothing to repair"
+    assert b"json_schema" not in provider.requests[0].raw
+    assert any("text.format" in each for each in short.model_extra["fugu"]["warnings"])
