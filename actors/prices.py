@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 from actors.config import Price, WorkerSpec
@@ -21,7 +22,7 @@ def pricing(spec: WorkerSpec) -> Pricing:
     """What a usage of this worker costs, in USD; None where that is unknown."""
     price = spec.price
     if price is not None:
-        return lambda usage: price_of(usage, price)
+        return lambda usage: price_of(_consistent(usage), price)
     return _listed(spec) if has_price(spec) else lambda _usage: None
 
 
@@ -43,11 +44,20 @@ def price_of(usage: Usage, price: Price) -> float:
     return (read + usage.output_tokens * price.output) / 1e6
 
 
+def _consistent(usage: Usage) -> Usage:
+    """No part is more than its whole, whatever a provider says: else an answer could cost less than nothing."""
+    read = min(usage.cached_input_tokens, usage.input_tokens)
+    written = min(usage.cache_written_tokens, usage.input_tokens - read)
+    hour = min(usage.cache_hour_tokens, written)
+    return replace(usage, cached_input_tokens=read, cache_written_tokens=written, cache_hour_tokens=hour)
+
+
 def _listed(spec: WorkerSpec) -> Pricing:
     # Its data takes most of a second to load, for those who need it.
     import genai_prices
 
     def cost(usage: Usage) -> float | None:
+        usage = _consistent(usage)
         tokens = genai_prices.Usage(
             # The list knows the price of five minutes only; an hour costs twice the input.
             input_tokens=usage.input_tokens + usage.cache_hour_tokens,

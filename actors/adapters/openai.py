@@ -283,11 +283,12 @@ class _Reader:
         if not isinstance(usage, dict):
             return
         prompt, completion = count(usage.get("prompt_tokens")), count(usage.get("completion_tokens"))
-        cached = count((usage.get("prompt_tokens_details") or {}).get("cached_tokens"))
+        details = usage.get("prompt_tokens_details") or {}
+        cached, kept = count(details.get("cached_tokens")), count(details.get("cache_write_tokens"))
         # DeepSeek's name for the same.
         cached = cached or count(usage.get("prompt_cache_hit_tokens"))
         reasoning = count((usage.get("completion_tokens_details") or {}).get("reasoning_tokens"))
         # xAI counts reasoning beside the completion, not in it; the total tells which.
         if reasoning and count(usage.get("total_tokens")) == prompt + completion + reasoning:
             completion += reasoning
-        self.answer.usage = Usage(prompt, completion, cached, reasoning)
+        self.answer.usage = Usage(prompt, completion, cached, reasoning, kept)

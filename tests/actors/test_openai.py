@@ -284,6 +284,14 @@ async def test_reasoning_under_its_names(provider: LoopbackProvider, adapter: Ad
             },
             Usage(10, 12, 0, 7),
         ),
+        (
+            {
+                "prompt_tokens": 10,
+                "completion_tokens": 5,
+                "prompt_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 6},
+            },
+            Usage(10, 5, 4, cache_written_tokens=6),
+        ),
         ({"prompt_tokens": None, "completion_tokens": -3}, Usage()),
         (None, Usage()),
     ],

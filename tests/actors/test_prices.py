@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from actors.config import WorkerSpec
 from actors.messages import Usage
@@ -45,6 +47,13 @@ def test_what_is_written_to_a_cache_has_a_price_of_its_own() -> None:
     assert own(lasting) == pytest.approx(listed + 300 * 1.0 / 1e6)
     del price["cache_write"]
     assert pricing(spec(**claude, price=price))(usage) == pytest.approx(listed - 500 * 1.25 / 1e6)
+
+
+@given(st.builds(Usage, *[st.integers(0, 50)] * 6), st.sampled_from([None, {"input": 5.0, "output": 25.0}]))
+def test_no_usage_that_a_provider_may_tell_costs_less_than_its_output(usage: Usage, price: Any) -> None:
+    cost = pricing(spec(provider="anthropic", model="claude-opus-4-5", price=price))(usage)
+    assert cost is not None
+    assert cost >= usage.output_tokens * 25 / 1e6 - 1e-12
 
 
 @pytest.mark.parametrize(
