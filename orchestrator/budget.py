@@ -16,6 +16,7 @@ from typing import Literal
 from actors.errors import BudgetError, CircuitOpenError, ContextLengthError, DeadlineError, FuguError, LimitReachedError
 from actors.estimate import estimate_tokens
 from actors.messages import ChatReply, ChatRequest, Usage
+from actors.spending import Note
 
 Clock = Callable[[], float]
 # USD for a call to a worker with so many input and output tokens; None where its price is unknown.
@@ -49,6 +50,7 @@ class Budget:
 class Grant:
     """An admitted call: the request narrowed to what is left, and what is set aside for it until it is settled."""
 
+    worker: str
     request: ChatRequest
     usd: float = 0.0
     tokens: int = 0
@@ -89,11 +91,12 @@ class Account:
         tokens, request = self._admit_tokens(request, shares)
         usd = self._admit_usd(worker, request)
         self._hold(usd, tokens, calls)
-        return Grant(request, usd, tokens, calls)
+        return Grant(worker, request, usd, tokens, calls)
 
     def settle(self, grant: Grant, reply: ChatReply | None, error: BaseException | None = None) -> None:
-        """Put what the call really took in the place of what was set aside. What a failed or cancelled call took is
-        not known: it is counted in full, unless the error says that nothing was sent."""
+        """Put what the call really took in the place of what was set aside. Of a failed call counts what its error
+        knows, beside what was told of (`told_by`), and its upstream calls in full, unless the error says that nothing
+        was sent. What a cancelled call took is not known: all of it is counted in full."""
         self._hold(-grant.usd, -grant.tokens, -grant.calls)
         if reply is not None:
             self.calls += reply.attempts
@@ -104,6 +107,17 @@ class Account:
             if not isinstance(error, FuguError):  # cancelled: it may have been answered all the same
                 self.tokens += grant.tokens
                 self.usd += grant.usd
+            elif error.usage is not None:
+                self._took(grant.worker, error.usage)
+
+    def told_by(self, worker: str) -> Note:
+        """Who counts what a call to this worker takes beside its answer: attempts that came to nothing
+        (`actors.spending.told_to`)."""
+        return lambda taken: None if taken.within else self._took(worker, taken.usage)
+
+    def _took(self, worker: str, usage: Usage) -> None:
+        self.tokens += usage.total_tokens
+        self.usd += self.price(worker, usage) or 0.0
 
     def price(self, worker: str, usage: Usage) -> float | None:
         """USD for what a call took; None where the worker's price is unknown."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -18,6 +18,7 @@ from actors import spans
 from actors.errors import AllWorkersFailedError, BudgetError, DeadlineError, FuguError, WorkerUnavailableError
 from actors.estimate import estimate_tokens, text_tokens
 from actors.messages import ChatReply, ChatRequest, Usage, Worker
+from actors.spending import told_to
 from orchestrator import dispatch
 from orchestrator.access import StepStyle
 from orchestrator.access import step_messages as step_messages
@@ -307,10 +308,12 @@ class _Running:
         reply: ChatReply | None = None
         failure: BaseException | None = None
         try:
-            if self.stream_last and index == self.last:
-                reply = await self._streamed(index, asked)
-            else:
-                reply = await self._worker(index, asked.worker).complete(asked.request)
+            # The Conductor itself tells of its own calls, each to its account.
+            with nullcontext() if grant is None else told_to(self.account.told_by(asked.worker)):
+                if self.stream_last and index == self.last:
+                    reply = await self._streamed(index, asked)
+                else:
+                    reply = await self._worker(index, asked.worker).complete(asked.request)
             return reply
         except BaseException as error:
             failure = error

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from actors.errors import DeadlineError
 from actors.messages import ChatReply, ChatRequest, Worker
+from actors.spending import told_to
 from orchestrator.assign import Assign
 from orchestrator.budget import Account, Clock
 from orchestrator.conductor_prompt import Mistake, PromptSettings, Round, conductor_messages
@@ -106,7 +107,8 @@ async def written(writer: Worker, asked: ChatRequest, account: Account, clock: C
     failure: BaseException | None = None
     try:
         async with asyncio.timeout(account.seconds_left):
-            reply = await writer.complete(grant.request)
+            with told_to(account.told_by(writer.name)):
+                reply = await writer.complete(grant.request)
     except TimeoutError as error:
         failure = error
         raise DeadlineError("the request's time was over before a workflow was written") from None

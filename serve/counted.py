@@ -4,7 +4,8 @@ A worker tells of attempts before the one that ends the call, and of a first ans
 (`actors.spending`). What a call took that was broken off is partly a guess. Read: what the provider had said by then,
 else the estimate of `actors.estimate`. Written: what the provider had said or what was received, whichever is more, and
 for the time that it was silent before its first piece as much as a model writes that thinks where nobody sees it. So a
-caller who hangs up on an answer, or before it begins, has paid for it.
+caller who hangs up on an answer, or before it begins, has paid for it. Who listens outside (`told_to`) is told of what
+neither the reply nor the error says.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import cast
 
 from actors.errors import FuguError, StreamBrokenError, WorkerTimeoutError
 from actors.estimate import estimate_tokens, silent_tokens, size_tokens, text_size
 from actors.messages import ChatReply, ChatRequest, Chunk, Usage, Worker
-from actors.spending import Taken, told_to
+from actors.spending import Taken, listener, told_to
 from serve.prices import Prices
 from serve.trace import Call, Spent, Trace
 
@@ -76,7 +78,7 @@ class Counted:
             self._lost(request, received, StreamBrokenError("it ended without saying so", worker=self.name))
 
     def _whole(self, received: _Received, reply: ChatReply) -> None:
-        self._spend(taken for taken in received.close() if not taken.within)
+        self._spend(received, [taken for taken in received.close() if not taken.within])
         self._trace.spent.append(Spent(reply.usage, reply.cost_usd, estimated=reply.estimated))
         if not reply.cached:
             self._trace.waits.append((self.name, reply.timing.queued_s))
@@ -91,16 +93,20 @@ class Counted:
             self._trace.failures.append((self.name, error.code))
             if error.queued_s is not None:
                 self._trace.waits.append((self.name, error.queued_s))
-        self._spend(taken for taken in received.close() if known is None or not taken.within)
-        if known is not None:
-            self._spend([Taken(known, estimated=False)])
-        if (known is None) if received.begun else _may_be_charged(error):
-            self._spend([Taken(received.usage(request), estimated=True)])
-
-    def _spend(self, taken: Iterable[Taken]) -> None:
-        self._trace.spent += (
-            Spent(each.usage, self._prices.usd(self.name, each.usage), each.estimated) for each in taken
+        self._spend(
+            received, [replace(each, within=False) for each in received.close() if known is None or not each.within]
         )
+        if known is not None:
+            self._spend(received, [Taken(known, estimated=False, within=True)])
+        if (known is None) if received.begun else _may_be_charged(error):
+            # Who breaks a call off has to count it in full.
+            self._spend(received, [Taken(received.usage(request), True, within=not isinstance(error, FuguError))])
+
+    def _spend(self, received: _Received, taken: Iterable[Taken]) -> None:
+        for each in taken:
+            self._trace.spent.append(Spent(each.usage, self._prices.usd(self.name, each.usage), each.estimated))
+            if received.outer is not None and not each.within:
+                received.outer(each)
 
 
 def _may_be_charged(error: BaseException) -> bool:
@@ -116,9 +122,10 @@ def _may_be_charged(error: BaseException) -> bool:
 class _Received:
     """What has come of an answer; `clock` in seconds. It was asked for when the worker last told of something."""
 
-    __slots__ = ("_asked", "_clock", "_closed", "_first", "_size", "_taken", "_told")
+    __slots__ = ("_asked", "_clock", "_closed", "_first", "_size", "_taken", "_told", "outer")
 
     def __init__(self, clock: Callable[[], float]) -> None:
+        self.outer = listener()
         self._clock = clock
         self._asked = clock()
         self._first: float | None = None

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.errors import BudgetError, CircuitOpenError, DeadlineError, WorkerUnavailableError
+from actors.errors import BudgetError, CircuitOpenError, DeadlineError, ShapeError, WorkerUnavailableError
 from actors.estimate import estimate_tokens
 from actors.messages import ChatReply, ChatRequest, Message, Usage
+from actors.spending import Taken
 from orchestrator.budget import MAX_ATTEMPTS, MIN_OUTPUT_TOKENS, Account, Budget, Grant
 
 ASK = ChatRequest((Message("user", "What is the longest river?"),))
@@ -116,6 +117,18 @@ def test_what_a_failed_call_took() -> None:
     cut = account.admit("a", ASK.with_(max_tokens=50))
     account.settle(cut, None, TimeoutError())  # cut off: the provider may have done it all
     assert (account.calls, account.tokens) == (6, READ + 50)
+
+
+def test_what_an_error_or_a_lost_attempt_took_is_counted() -> None:
+    account = Account(Budget(usd=1000.0), price=lambda _worker, read, written: (read + 2 * written) / 1e4)
+    note = account.told_by("a")
+    note(Taken(Usage(100, 10), estimated=True))
+    note(Taken(Usage(999, 999), estimated=False, within=True))  # the call's end has it, too
+    refused = ShapeError("is no JSON", worker="a")
+    refused.usage = Usage(50, 20)
+    account.settle(account.admit("a", ASK), None, refused)
+    assert account.tokens == 180
+    assert account.usd == pytest.approx((120 + 90) / 1e4)
 
 
 @given(

@@ -18,6 +18,8 @@ from actors.config import FuguConfig
 from actors.errors import FuguError, ShapeError, StreamBrokenError, WorkerTimeoutError, WorkerUnavailableError
 from actors.estimate import estimate_tokens, text_tokens
 from actors.messages import ChatReply, ChatRequest, Chunk, Message, Usage
+from actors.spending import Taken, tell, told_to
+from orchestrator.budget import Account, Budget
 from serve.api.health import Readiness
 from serve.counted import Counted
 from serve.gateway import Gateway
@@ -174,6 +176,55 @@ async def test_a_whole_answer_is_what_its_worker_says() -> None:
     await read(worker, pieces=2)
     assert trace.spent == [Spent(USAGE, 0.25, estimated=True)]
     assert trace.estimated_usd == 0.25
+
+
+class SecondTry(Paced):
+    """Answers once an attempt has come to nothing, and a first answer had to be put right."""
+
+    async def complete(self, request: ChatRequest) -> ChatReply:
+        tell(Taken(Usage(30, 5), estimated=True))
+        tell(Taken(Usage(40, 20), estimated=False, within=True))
+        return ChatReply("a", "yes", usage=Usage(90, 30), cost_usd=price(Usage(90, 30)))
+
+
+def _second_try(clock: Clock) -> Paced:
+    return SecondTry(clock)
+
+
+def _breaks(*pieces: Chunk | FuguError) -> Callable[[Clock], Paced]:
+    return lambda clock: Paced(clock, *pieces, pace=1.0)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize(
+    "made_worker",
+    [
+        _breaks(WorkerUnavailableError("down", worker="a")),
+        _breaks(WorkerTimeoutError("no", phase="first_byte", worker="a")),
+        _breaks(Chunk("half of it"), StreamBrokenError("cut", worker="a")),
+        _breaks(_misshapen()),
+        _second_try,
+    ],
+)
+async def test_a_budget_around_it_counts_what_the_trace_counts(
+    streamed: bool, made_worker: Callable[[Clock], Paced]
+) -> None:
+    clock, trace = Clock(), Trace("id", 0.0)
+    worker = Counted(made_worker(clock), trace, Prices(CONFIG), clock)
+    account = Account(Budget(tokens=10_000, usd=100.0), price=lambda _name, read, written: price(Usage(read, written)))
+    grant = account.admit("a", ASKED)
+    reply = failure = None
+    with told_to(account.told_by("a")):
+        try:
+            if streamed and made_worker is not _second_try:
+                await read(worker)
+            else:
+                reply = await worker.complete(ASKED)
+        except FuguError as error:
+            failure = error
+    account.settle(grant, reply, failure)
+    assert account.tokens == trace.taken.usage.total_tokens
+    assert account.usd == pytest.approx(trace.taken.usd)
 
 
 @pytest.fixture
