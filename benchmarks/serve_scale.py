@@ -2,12 +2,13 @@
 
     python benchmarks/serve_scale.py [--quick]
 
-`fugu serve` as a user starts it (HAProxy, no router), before an upstream that answers at once; 64 requests in flight.
-HAProxy, provider actor, upstream, load generator and all replicas run on this machine, whose cores one replica and its
-neighbours fill. So each gateway is held to a share of a core (by a control group: root on Linux), small enough that
-four of them leave the others what they need: then gateways are what is scarce, as on a cluster, and ideal is so many
-times the first one's rate. The first row is a gateway that is not held: what one carries and costs is the figure to
-plan with. Where nothing can be held, the rows show what sharing the cores costs.
+`fugu serve` as a user starts it (HAProxy, no router), before an upstream that answers at once; 16 requests in flight
+for each gateway, for with a fixed number one gateway alone would also pay for the longer queue. HAProxy, provider
+actor, upstream, load generator and all replicas run on this machine, whose cores one replica and its neighbours fill.
+So each gateway is held to a share of a core (by a control group: root on Linux), small enough that four of them leave
+the others what they need: then gateways are what is scarce, as on a cluster, and ideal is so many times the first one's
+rate. The first row is a gateway that is not held: what one carries and costs is the figure to plan with. Where nothing
+can be held, the rows show what sharing the cores costs.
 
 The last line is one JSON object.
 """
@@ -34,7 +35,8 @@ from rich.table import Table
 
 from benchmarks.overhead import System, free_port, fugu_config, measure, running
 
-CONCURRENCY = 64
+CONCURRENCY = 16
+"""Requests in flight for each gateway."""
 SHARE = 0.12
 """Of a core, for each gateway that is held."""
 _PERIOD_US = 20_000
@@ -68,7 +70,7 @@ def main() -> None:
             f"{row['busy']:.2f} of {os.cpu_count()}",
         )
     Console().print(table)
-    print(json.dumps({"concurrency": CONCURRENCY, "cores": os.cpu_count(), "gateways": rows}))
+    print(json.dumps({"concurrency_each": CONCURRENCY, "cores": os.cpu_count(), "gateways": rows}))
 
 
 def scaled(replicas: int, share: float | None, rounds: int, seconds: float) -> dict[str, float]:
@@ -90,9 +92,9 @@ def scaled(replicas: int, share: float | None, rounds: int, seconds: float) -> d
             for pid in gateways:
                 stack.enter_context(held(pid, share))
         system = System("ours", f"{base}/v1/chat/completions", "fugu")
-        measure(system, CONCURRENCY, seconds)  # connects and imports
+        measure(system, CONCURRENCY * replicas, seconds)  # connects and imports
         psutil.cpu_percent()
-        found = [measure(system, CONCURRENCY, seconds) for _ in range(rounds)]
+        found = [measure(system, CONCURRENCY * replicas, seconds) for _ in range(rounds)]
         busy = psutil.cpu_percent() / 100 * (os.cpu_count() or 1)
     return {
         "gateways": replicas,

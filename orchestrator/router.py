@@ -60,21 +60,6 @@ class Decision:
         return replace(self, worker=max(shares, key=shares.__getitem__), probabilities=shares, source=source)
 
 
-def order_decision(workers: Sequence[str], allowed: frozenset[str] | None) -> Decision:
-    """The decision of a pool without a trained head: the first allowed worker in the order of the
-    configuration, all equally probable.
-
-    Raises:
-        NoWorkerAllowedError: no worker is allowed.
-    """
-    left = _allowed(workers, allowed)
-    return Decision(
-        left[0],
-        {name: 1 / len(left) for name in left},
-        source="single" if len(left) == 1 else "order",
-    )
-
-
 class Router:
     """A backbone with a head. Decides for many conversations in one forward pass."""
 

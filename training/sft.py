@@ -3,13 +3,12 @@
 Target per task: softmax(mean score / τ) over the workers that have a score; loss: KL(target ‖ policy), the mean over
 tasks. Where a worker has no score its logit is masked too: nothing is said about it, nothing is imputed.
 
-`solve` finds the one best head of a convex problem; `train` takes AdamW steps, for heads that shall not be finished.
+The problem is convex where a decay is given: `solve` finds its one best head, `change` what to add to one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,37 +18,6 @@ from torch import Tensor
 from actors.errors import DataError
 
 Objective = Literal["kl", "squares"]
-
-
-@dataclass(frozen=True)
-class SftSettings:
-    """`tau` is the targets' temperature in units of score. `batch` None is full-batch. `standardise` centres and
-    scales the features by their training statistics, which become part of the head."""
-
-    tau: float = 0.25
-    learning_rate: float = 0.01
-    weight_decay: float = 1.0
-    epochs: int = 300
-    batch: int | None = None
-    seed: int = 0
-    standardise: bool = True
-
-
-@dataclass(frozen=True, eq=False)
-class SftResult:
-    """A head in the checkpoint's terms: logits = weight · ((h − shift) · scale). `losses` has one number per epoch:
-    the mean of KL over its tasks, before each step."""
-
-    weight: Tensor
-    shift: Tensor | None
-    scale: Tensor | None
-    losses: tuple[float, ...]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states `[N, d]` → logits `[N, L]`."""
-        if self.shift is not None and self.scale is not None:
-            hidden = (hidden - self.shift) * self.scale
-        return hidden @ self.weight.T
 
 
 def soft_targets(scores: Tensor, tau: float) -> Tensor:
@@ -62,46 +30,6 @@ def kl_loss(logits: Tensor, targets: Tensor, known: Tensor) -> Tensor:
     policy = torch.log_softmax(logits.masked_fill(~known, -math.inf), dim=-1).masked_fill(~known, 0.0)
     entropy = torch.xlogy(targets, targets)
     return (entropy - targets * policy).sum(-1).mean()
-
-
-def train(
-    features: Tensor,
-    scores: Tensor,
-    settings: SftSettings,
-    *,
-    on_epoch: Callable[[int, float], None] = lambda _epoch, _loss: None,
-) -> SftResult:
-    """Fit a head on hidden states `[N, d]` and scores `[N, L]` (NaN: unknown), from zero weights, with AdamW. Equal
-    inputs give an equal result.
-
-    Raises:
-        DataError: no task, shapes that do not match, numbers that are not finite, or scores outside 0..1.
-    """
-    features, scores, known = _checked(features, scores)
-    shift = scale = None
-    if settings.standardise:
-        shift, scale = standardisation(features)
-        features = (features - shift) * scale
-
-    targets = soft_targets(scores, settings.tau)
-    weight = torch.zeros(scores.shape[1], features.shape[1], requires_grad=True)
-    optimiser = torch.optim.AdamW([weight], lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    generator = torch.Generator().manual_seed(settings.seed)
-    count = len(features)
-    size = count if settings.batch is None else min(settings.batch, count)
-    losses = []
-    for epoch in range(settings.epochs):
-        order = torch.arange(count) if size == count else torch.randperm(count, generator=generator)
-        total = 0.0
-        for part in order.split(size):
-            loss = kl_loss(features[part] @ weight.T, targets[part], known[part])
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            total += float(loss.detach()) * len(part)
-        losses.append(total / count)
-        on_epoch(epoch, losses[-1])
-    return SftResult(weight.detach(), shift, scale, tuple(losses))
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +61,7 @@ def solve(
     depends on nothing but the data, on no seed, learning rate or order of tasks.
 
     Raises:
-        DataError: as `train`.
+        DataError: no task, shapes that do not match, numbers that are not finite, or scores outside 0..1.
     """
     inputs, scores, known = _checked(inputs, scores)
     means = scores.nanmean(0).nan_to_num(float(scores.nanmean()))
@@ -155,7 +83,7 @@ def change(
     where decay leads them.
 
     Raises:
-        DataError: as `train`.
+        DataError: as `solve`.
     """
     known = (~scores.isnan()).sum(-1) >= 2
     inputs, scores, told = _checked(inputs, scores)

@@ -15,7 +15,7 @@ from orchestrator.backbone import Backbone
 from orchestrator.head import Checkpoint, CheckpointInfo, Read, save_checkpoint
 from orchestrator.landmarks import Landmarks
 from orchestrator.prompt import encode
-from orchestrator.router import Decision, Router, order_decision
+from orchestrator.router import Decision, Router
 from tests.orchestrator.tiny import DIMENSION, said, tiny_folder
 
 WORKERS = ("a", "b", "c")
@@ -186,17 +186,9 @@ def test_a_head_on_landmarks_decides_as_its_checkpoint_says(folder: Path) -> Non
     assert [decision.domain for decision in decide(router)[:2]] == ["one", "other"]
 
 
-def test_without_a_head_the_order_decides() -> None:
-    decision = order_decision(WORKERS, frozenset({"c", "b"}))
-    assert decision == Decision("b", {"b": 0.5, "c": 0.5}, source="order")
-    assert order_decision(WORKERS, frozenset({"c"})) == Decision("c", {"c": 1.0}, source="single")
-    with pytest.raises(NoWorkerAllowedError):
-        order_decision(WORKERS, frozenset())
-
-
 def test_the_ranking_begins_with_the_choice_and_keeps_order_among_equals() -> None:
     assert Decision("b", {"a": 0.2, "b": 0.1, "c": 0.5, "d": 0.2}).ranking == ("b", "c", "a", "d")
-    assert order_decision(WORKERS, None).ranking == WORKERS
+    assert Decision("a", dict.fromkeys(WORKERS, 1 / 3)).ranking == WORKERS
 
 
 def test_only_the_ends_of_a_long_conversation_are_read(router: Router) -> None:

@@ -31,7 +31,7 @@ from training.outcomes import Outcomes, read_outcomes, write_outcomes
 from training.players import RecordedPlayer, Table
 from training.policy import Policy
 from training.rollout import Draw, Rollouts
-from training.sft import SftSettings, train
+from training.sft import solve, standardisation
 from training.start import read, reading_of
 from training.train_sft import SftRun
 
@@ -64,14 +64,21 @@ def settings(place: Path, out: Path, **more: Any) -> EvolveRun:
     return EvolveRun(out / "router.safetensors", place / "outcomes", **{**given, **more})
 
 
-def sft_start(place: Path, out: Path, *, tau: float = 0.25, epochs: int = 15) -> Path:
-    """A checkpoint by SFT on the training split, stopped early so that there is something left to find."""
+def begun(hidden: torch.Tensor, scores: np.ndarray[Any, Any], info: CheckpointInfo) -> tuple[Checkpoint, float]:
+    """A linear head by SFT that is stopped early, so that there is something left to find, and its loss."""
+    shift, scale = standardisation(hidden)
+    found = solve((hidden - shift) * scale, torch.from_numpy(scores), tau=0.25, decay=0.01, steps=2)
+    return Checkpoint(info, found.weight, shift, scale), found.losses[-1]
+
+
+def sft_start(place: Path, out: Path) -> Path:
+    """A checkpoint by SFT on the training split."""
     one = settings(place, out)
     found = read_outcomes(place / "outcomes").split("train")
     info = reading_of(one, None, WORKERS)
     (hidden,) = read(info, one, (found.tasks,), {})
-    result = train(hidden, torch.from_numpy(found.scores(WORKERS)), SftSettings(tau=tau, epochs=epochs))
-    save_checkpoint(out / "sft.safetensors", Checkpoint(info, result.weight, result.shift, result.scale))
+    start, _ = begun(hidden, found.scores(WORKERS), info)
+    save_checkpoint(out / "sft.safetensors", start)
     return out / "sft.safetensors"
 
 
@@ -112,15 +119,14 @@ def test_reference_curve(tmp_path: Path) -> None:
     them anew: delete the file and run this test twice."""
     features, scores = clusters()
     half = len(features) // 2
-    result = train(features[:half], torch.from_numpy(scores[:half]), SftSettings(epochs=40, weight_decay=3.0))
-    base = Checkpoint(CheckpointInfo(WORKERS, "none", "none"), result.weight, result.shift, result.scale)
+    base, loss = begun(features[:half], scores[:half], CheckpointInfo(WORKERS, "none", "none"))
     policy = Policy(base)
     tables = [Table(part, np.full_like(part, np.nan)) for part in (scores[:half], scores[half:])]
     player = RecordedPlayer(policy, (features[:half], tables[0]), (features[half:], tables[1]))
     course = Course(Settings(seed=7), generations=30, size=100)
     found = evolve(player, policy.vector(), course, tmp_path / "state.pkl", identity={})
     curve = {
-        "sft_loss": result.losses[-1],
+        "sft_loss": loss,
         "start": found.start_value,
         "best": found.best_value,
         "best_generation": found.best_generation,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.errors import DataError
-from training.sft import SftSettings, kl_loss, reached, soft_targets, train
+from training.sft import kl_loss, reached, soft_targets, solve, standardisation
 
 NAN = math.nan
 
@@ -55,65 +55,71 @@ def clusters(count: int = 120) -> tuple[torch.Tensor, torch.Tensor]:
     return features * scales + 5 * scales, scores
 
 
+def standard(features: torch.Tensor) -> torch.Tensor:
+    shift, scale = standardisation(features)
+    return (features - shift) * scale
+
+
 def test_training_finds_who_solves_what() -> None:
     features, scores = clusters()
-    result = train(features, scores, SftSettings(epochs=200, weight_decay=0.01))
-    assert float(reached(result.logits(features), scores).mean()) > 0.97
-    # From zero weights the policy is uniform: KL = ln 3 less the targets' entropy.
+    inputs = standard(features)
+    found = solve(inputs, scores, tau=0.25, decay=0.1)
+    assert float(reached(found.prior + inputs @ found.weight.T, scores).mean()) > 0.97
+    # All workers are as good on average: before the first step the policy is uniform, KL = ln 3 less the targets'
+    # entropy.
     p = torch.softmax(torch.tensor([4.0, 0.0, 0.0]), 0)
     start = math.log(3) + float((p * p.log()).sum())
-    assert result.losses[0] == pytest.approx(start, rel=1e-4)
-    assert result.losses[-1] < 0.1 * result.losses[0]
+    assert found.losses[0] == pytest.approx(start, rel=1e-4)
+    assert found.losses[-1] < 0.1 * found.losses[0]
 
 
-def test_the_loss_curve_is_the_kept_one() -> None:
+def test_steps_may_end_before_the_best_is_reached() -> None:
     features, scores = clusters(30)
-    got = train(features, scores, SftSettings(epochs=41, batch=10, seed=3)).losses
-    again = train(features, scores, SftSettings(epochs=41, batch=10, seed=3)).losses
-    assert got == again
-    assert [got[epoch] for epoch in (0, 10, 20, 40)] == pytest.approx([0.90274, 0.39439, 0.24708, 0.17131], rel=1e-3)
+    inputs = standard(features)
+    unmoved = solve(inputs, scores, tau=0.25, decay=0.1, steps=0)
+    assert not unmoved.weight.any()
+    early, late = (solve(inputs, scores, tau=0.25, decay=0.1, steps=steps).losses[-1] for steps in (2, 100))
+    assert early > 1.5 * late
 
 
 def test_masked_labels_teach_nothing_about_the_missing_worker() -> None:
     features, scores = clusters()
+    inputs = standard(features)
     hidden = scores.clone()
     hidden[::2, 2] = NAN
     zeroed = scores.clone()
     zeroed[::2, 2] = 0.0
-    masked = train(features, hidden, SftSettings(epochs=100, weight_decay=0.01))
-    imputed = train(features, zeroed, SftSettings(epochs=100, weight_decay=0.01))
     third = scores[:, 2] == 1
+    chances = []
+    for table in (hidden, zeroed):
+        found = solve(inputs, table, tau=0.25, decay=1.0)
+        policy = torch.softmax(found.prior + inputs @ found.weight.T, -1)
+        chances.append(float(policy[third, 2].mean()))
+    masked, imputed = chances
     # Half of worker 2's successes are hidden; taken as failures they would halve its chances on its own ground.
-    chance = torch.softmax(masked.logits(features), -1)[third, 2].mean()
-    assert float(chance) > 0.8
-    assert float(torch.softmax(imputed.logits(features), -1)[third, 2].mean()) < 0.75
+    assert masked > 0.8
+    assert imputed < 0.75
 
 
 def test_rows_with_one_known_worker_change_nothing() -> None:
     features, scores = clusters(30)
+    inputs = standard(features)
     extra = torch.cat([scores, torch.tensor([[NAN, 1.0, NAN]] * 10)])
-    more = torch.cat([features, torch.full((10, 8), 1e4)])
-    settings = SftSettings(epochs=20)
-    assert torch.equal(train(more, extra, settings).weight, train(features, scores, settings).weight)
+    more = torch.cat([inputs, torch.full((10, 8), 1e4)])
+    given, same = (solve(*pair, tau=0.25, decay=0.1) for pair in ((inputs, scores), (more, extra)))
+    assert torch.equal(same.weight, given.weight)
+    assert torch.equal(same.prior, given.prior)
 
 
 def test_a_constant_feature_is_left_out() -> None:
-    features, scores = clusters(30)
+    features, _ = clusters(30)
     features[:, 5] = 1e4
-    result = train(features, scores, SftSettings(epochs=20))
-    assert result.scale is not None
-    assert float(result.scale[5]) == 0
-    moved = features.clone()
-    moved[:, 5] = -1e4
-    torch.testing.assert_close(result.logits(moved), result.logits(features))
-
-
-def test_without_standardisation_nothing_is_folded() -> None:
-    features, scores = clusters(30)
-    result = train(features, scores, SftSettings(epochs=2, standardise=False))
-    assert result.shift is None
-    assert result.scale is None
-    torch.testing.assert_close(result.logits(features), features @ result.weight.T)
+    shift, scale = standardisation(features)
+    assert float(scale[5]) == 0
+    rest = torch.arange(8) != 5
+    moved = ((features - shift) * scale)[:, rest]
+    torch.testing.assert_close(moved.mean(0), torch.zeros(7), atol=1e-4, rtol=0)
+    torch.testing.assert_close(moved.std(0, unbiased=False), torch.ones(7))
 
 
 def test_reached_is_the_score_of_the_most_probable_known_worker() -> None:
@@ -134,7 +140,7 @@ def test_reached_is_the_score_of_the_most_probable_known_worker() -> None:
 )
 def test_bad_data_is_refused(features: torch.Tensor, scores: torch.Tensor, says: str) -> None:
     with pytest.raises(DataError, match=says):
-        train(features, scores, SftSettings(epochs=1))
+        solve(features, scores, tau=0.25, decay=1.0)
 
 
 def test_sft_needs_no_ray() -> None:
