@@ -66,12 +66,18 @@ class Price(Strict):
 
 class Timeout(Strict):
     """Seconds, per phase of one call: connecting, until the first byte, between two bytes (a provider's signs of life
-    count), and in all."""
+    count), and in all. Of an answer that is not streamed nothing comes before all of it is written: `whole` takes the
+    place of `first_byte` there, and is five times that where it is not set."""
 
     connect: Seconds = 5.0
     first_byte: Seconds = 120.0
+    whole: Seconds | None = None
     idle: Seconds = 120.0
     total: Seconds = 7200.0
+
+    @property
+    def until_whole(self) -> float:
+        return 5 * self.first_byte if self.whole is None else self.whole
 
 
 class Retry(Strict):

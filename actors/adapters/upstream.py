@@ -1,7 +1,8 @@
 """One worker's provider over HTTP: send JSON, get JSON or a stream of events, and nothing but `WorkerError`s.
 
 Every wait is bounded by the worker's `timeout`: `connect` inside the transport, then `first_byte` from the start of
-the call to the first byte of the body, `idle` between two reads, `total` for everything.
+the call to the first byte of the body (`whole` where the answer is not streamed), `idle` between two reads, `total` for
+everything.
 """
 
 from __future__ import annotations
@@ -61,13 +62,17 @@ class Upstream:
         Raises:
             WorkerError: whatever went wrong.
         """
-        async with self.open(path, body, context) as response:
+        async with self.open(path, body, context, patience=self.spec.timeout.until_whole) as response:
             raw = await response.read_all()
         return self._object(raw, response.content_type)
 
-    def open(self, path: str, body: Mapping[str, Any], context: CallContext) -> UpstreamResponse:
-        """A call as an async context manager; leaving it closes the connection or gives it back."""
-        return UpstreamResponse(self, self._request(path, body, context.headers), context)
+    def open(
+        self, path: str, body: Mapping[str, Any], context: CallContext, *, patience: float | None = None
+    ) -> UpstreamResponse:
+        """A call as an async context manager; leaving it closes the connection or gives it back. `patience` is how many
+        seconds the first byte may take, `first_byte` where None."""
+        patience = self.spec.timeout.first_byte if patience is None else patience
+        return UpstreamResponse(self, self._request(path, body, context.headers), context, patience)
 
     def _request(self, path: str, body: Mapping[str, Any], more: Mapping[str, str]) -> httpx.Request:
         url = self._urls.get(path)
@@ -123,11 +128,12 @@ class Upstream:
 class UpstreamResponse:
     """An answer being read. Enter it to send the request; inside, the status is 200 and headers have been told."""
 
-    def __init__(self, upstream: Upstream, request: httpx.Request, context: CallContext) -> None:
+    def __init__(self, upstream: Upstream, request: httpx.Request, context: CallContext, patience: float) -> None:
         self._upstream = upstream
         self._request = request
         self._context = context
         self._timeout = upstream.spec.timeout
+        self._patience = patience
         self._response: httpx.Response | None = None
         self._body: AsyncIterator[bytes] | None = None
         self._decoder = SSEDecoder()
@@ -139,7 +145,7 @@ class UpstreamResponse:
     async def __aenter__(self) -> UpstreamResponse:
         now = asyncio.get_running_loop().time()
         self._deadline = now + self._timeout.total
-        self._first_byte = min(now + self._timeout.first_byte, self._deadline)
+        self._first_byte = min(now + self._patience, self._deadline)
         self._request.extensions["on_sent"] = self._on_sent
         try:
             with self._errors():
@@ -250,7 +256,7 @@ class UpstreamResponse:
         except TimeoutError:
             late = asyncio.get_running_loop().time() >= self._deadline
             phase = "total" if late else self._phase
-            seconds = getattr(self._timeout, phase)
+            seconds = self._patience if phase == "first_byte" else getattr(self._timeout, phase)
             words = {"first_byte": "no answer", "idle": "the answer stopped", "total": "no complete answer"}
             message = f"{where}: {words[phase]} for {seconds:g} s"
             raise WorkerTimeoutError(message, phase=phase, worker=spec.name) from None

@@ -356,7 +356,7 @@ async def test_closing_the_iterator_closes_the_connection(
 @pytest.mark.parametrize(
     ("behaviour", "timeout", "phase"),
     [
-        (Behaviour(never=True), {"first_byte": 0.2}, "first_byte"),
+        (Behaviour(never=True), {"first_byte": 0.2, "whole": 0.2}, "first_byte"),
         (Behaviour(delay=5), {"total": 0.2}, "total"),
     ],
 )
@@ -373,6 +373,18 @@ async def test_time_is_bounded_before_the_first_byte(
     assert plain.value.phase == streamed.value.phase == phase
     assert 0.4 <= time.monotonic() - began < 3
     assert await asyncio.to_thread(provider.wait_for, lambda: provider.in_flight == 0)
+    await adapter.close()
+
+
+@pytest.mark.parametrize("timeout", [{"first_byte": 0.2}, {"first_byte": 0.2, "whole": 3}])
+async def test_an_answer_that_comes_whole_has_longer_until_its_first_byte(
+    provider: LoopbackProvider, dialect: Dialect, timeout: dict[str, float]
+) -> None:
+    provider.default = Behaviour(text="it took its time", delay=0.5)
+    adapter = adapter_for(provider, dialect, timeout=timeout)
+    assert (await adapter.complete(SIMPLE, CallContext())).text == "it took its time"
+    with pytest.raises(WorkerTimeoutError, match=r"no answer for 0\.2 s"):
+        await drain(adapter)
     await adapter.close()
 
 

@@ -30,7 +30,7 @@ MODELS = {"fugu": 8, "fugu-trinity": 1, "fugu-ultra": 1}
 """Which are asked for, how often."""
 AT_ONCE = 24
 LONGEST = 20.0
-TIMEOUT = {"connect": 1.0, "first_byte": 0.5, "idle": 0.4, "total": 5.0}
+TIMEOUT = {"connect": 1.0, "first_byte": 0.5, "whole": 0.5, "idle": 0.4, "total": 5.0}
 
 
 @pytest.mark.timeout(600)

@@ -42,7 +42,7 @@ def config_of(provider: LoopbackProvider, **fields: Any) -> FuguConfig:
         "model": "m",
         "base_url": provider.url_for("openai"),
         "price": {"input": 1000.0, "output": 2000.0},
-        "timeout": {"first_byte": SILENT, "idle": SILENT},
+        "timeout": {"first_byte": SILENT, "whole": SILENT, "idle": SILENT},
         "retry": {"attempts": 2, "min_wait": 0.01, "max_wait": 0.02},
         **fields,
     }
