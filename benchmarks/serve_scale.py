@@ -39,7 +39,7 @@ CONCURRENCY = 16
 """Requests in flight for each gateway."""
 SHARE = 0.12
 """Of a core, for each gateway that is held."""
-_PERIOD_US = 20_000
+_PERIOD_US = 100_000  # a quota below a slice of the kernel's (5 ms) is lost to whichever idle thread takes it
 GATEWAY = "ray::ServeReplica:fugu:Gateway"
 GROUPS = Path("/sys/fs/cgroup")
 
