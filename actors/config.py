@@ -117,11 +117,14 @@ class WorkerSpec(Strict):
     `model` is the provider's model id; for `local` and `vllm` a folder, the embedded model's name or a hub id.
     `system` is put before the conversation (after a system message of the caller's own). `adapter` is the folder of a
     LoRA adapter (local, vllm). `outcomes` is the folder that a `replay` worker answers from. `accepts` widens the
-    request fields an OpenAI-compatible server takes beyond OpenAI's own (for example `top_k`).
+    request fields an OpenAI-compatible server takes beyond OpenAI's own (for example `top_k`). `api` is which of
+    OpenAI's two an `openai` worker is called by: `responses` carries a model's reasoning through its tool loops, where
+    the server has it.
     """
 
     name: Name
     provider: Provider
+    api: Literal["chat", "responses"] = "chat"
     model: str = Field(min_length=1)
     base_url: str | None = None
     api_key: SecretStr | None = None
@@ -167,6 +170,8 @@ class WorkerSpec(Strict):
             raise ValueError("a replay worker needs `outcomes`, the folder it answers from")
         if self.provider in ("local", "vllm") and self.shards > 1:
             raise ValueError("shards split a remote provider's limit; a local model has one engine")
+        if self.api != "chat" and self.provider != "openai":
+            raise ValueError("`api` is for openai workers only")
         if self.adapter is not None and self.provider not in ("local", "vllm"):
             raise ValueError("`adapter` is for local and vllm workers only")
         return self

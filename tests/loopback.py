@@ -1,4 +1,4 @@
-"""A provider on the loopback interface that speaks three wire formats for real, and misbehaves when told to.
+"""A provider on the loopback interface that speaks four wire formats for real, and misbehaves when told to.
 
     with LoopbackProvider() as provider:
         provider.enqueue(Behaviour(status=429, headers={"retry-after": "2"}), Behaviour(text="fine now"))
@@ -21,7 +21,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ from tests.loopback_dialects import (
 __all__ = ["Behaviour", "Disconnect", "LoopbackProvider", "Recorded", "ToolCall", "Usage"]
 
 _MAX_HEAD = 64 * 1024
+_BASES: Mapping[Dialect, str] = {"openai": "/v1", "responses": "/v1", "anthropic": "", "gemini": "/v1beta"}
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class LoopbackProvider:
 
     def url_for(self, dialect: Dialect) -> str:
         """The `base_url` of a worker of this dialect."""
-        return f"http://127.0.0.1:{self.port}" + {"openai": "/v1", "anthropic": "", "gemini": "/v1beta"}[dialect]
+        return f"http://127.0.0.1:{self.port}" + _BASES[dialect]
 
     def enqueue(self, *behaviours: Behaviour) -> None:
         """Treat the next requests so, one behaviour each, in order of arrival."""

@@ -1,4 +1,4 @@
-"""What the loopback provider says: reply bodies, SSE frames and error bodies of three wire formats."""
+"""What the loopback provider says: reply bodies, SSE frames and error bodies of four wire formats."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import orjson
 
 from actors.messages import ToolCall, Usage
 
-Dialect = Literal["openai", "anthropic", "gemini"]
+Dialect = Literal["openai", "responses", "anthropic", "gemini"]
 DEFAULT_TEXT = "Hello from the loopback provider."
 SIGNATURE = "c2lnbmVk"
 
@@ -84,6 +84,8 @@ def detect(path: str) -> tuple[Dialect | None, str, bool]:
     """The dialect a path belongs to, and for Gemini also the model and whether it streams."""
     if path.endswith("/chat/completions"):
         return "openai", "", False
+    if path.endswith("/responses"):
+        return "responses", "", False
     if path.endswith("/v1/messages"):
         return "anthropic", "", False
     found = re.search(r"/models/([^/:]+):(generateContent|streamGenerateContent)$", path)
@@ -105,6 +107,8 @@ def fault(request: Recorded) -> str | None:
         return None if body.get("contents") else "contents is required"
     if not body.get("model"):
         return "model is required"
+    if request.dialect == "responses":
+        return None if body.get("input") else "input is required"
     if not body.get("messages"):
         return "messages is required"
     if request.dialect == "anthropic":
@@ -144,11 +148,21 @@ class Answer:
         return self.behaviour.finish or ("tool_calls" if self.behaviour.tool_calls else "stop")
 
     def plain(self) -> bytes:
-        maker = {"openai": openai_plain, "anthropic": anthropic_plain, "gemini": gemini_plain}
+        maker = {
+            "openai": openai_plain,
+            "responses": responses_plain,
+            "anthropic": anthropic_plain,
+            "gemini": gemini_plain,
+        }
         return orjson.dumps(maker[self.request.dialect or "openai"](self))
 
     def events(self) -> list[bytes]:
-        maker = {"openai": openai_events, "anthropic": anthropic_events, "gemini": gemini_events}
+        maker = {
+            "openai": openai_events,
+            "responses": responses_events,
+            "anthropic": anthropic_events,
+            "gemini": gemini_events,
+        }
         frames = maker[self.request.dialect or "openai"](self)
         ping = frame({"type": "ping"}, "ping") if self.request.dialect == "anthropic" else b": ping\n\n"
         frames[2:2] = [ping] * self.behaviour.pings
@@ -191,6 +205,8 @@ def error_body(dialect: Dialect | None, status: int, behaviour: Behaviour) -> di
 
 def error_event(dialect: Dialect | None, behaviour: Behaviour) -> bytes:
     """The error a provider puts into a stream that has begun."""
+    if dialect == "responses":
+        return frame({"type": "error", "code": "server_error", "message": behaviour.error, "param": None}, "error")
     body = error_body(dialect, {"anthropic": 529, "gemini": 503}.get(dialect or "", 500), behaviour)
     return frame(body, "error" if dialect == "anthropic" else None)
 
@@ -261,6 +277,94 @@ def openai_events(answer: Answer) -> list[bytes]:
         frames.append(frame({**head, "choices": [], "usage": openai_usage(answer.usage)}))
     if behaviour.terminator:
         frames.append(b"data: [DONE]\n\n")
+    return frames
+
+
+# OpenAI Responses
+
+
+def responses_usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "input_tokens": usage.input_tokens,
+        "input_tokens_details": {
+            "cached_tokens": usage.cached_input_tokens,
+            "cache_write_tokens": usage.cache_written_tokens,
+        },
+        "output_tokens": usage.output_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": usage.total_tokens,
+    }
+
+
+def _responses_items(answer: Answer) -> list[tuple[dict[str, Any], str, str]]:
+    """Each output item in its final form, and of which kind are the pieces that stream into it: (item, kind, text)."""
+    behaviour, items = answer.behaviour, list[tuple[dict[str, Any], str, str]]()
+    if behaviour.reasoning:
+        summary = [{"type": "summary_text", "text": behaviour.reasoning}]
+        item = {"id": "rs_1", "type": "reasoning", "summary": summary, "encrypted_content": SIGNATURE}
+        items.append((item, "reasoning_summary_text", behaviour.reasoning))
+    said = behaviour.refusal or answer.text
+    if said:
+        part = {"type": "refusal", "refusal": said}
+        if not behaviour.refusal:
+            part = {"type": "output_text", "text": said, "annotations": []}  # type: ignore[dict-item]
+        item = {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed", "content": [part]}
+        items.append((item, part["type"], said))
+    for call in behaviour.tool_calls:
+        item = {"id": f"fc_{call.id}", "type": "function_call", "status": "completed", "call_id": call.id}
+        item |= {"name": call.name, "arguments": call.arguments}
+        items.append((item, "function_call_arguments", call.arguments))
+    return items
+
+
+def _responses_body(answer: Answer, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
+    reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(answer.finish)
+    ended = status == "completed"
+    return {
+        "id": f"resp_{answer.request.number}",
+        "object": "response",
+        "created_at": 1_700_000_000,
+        "model": answer.request.model,
+        "status": "incomplete" if ended and reason else status,
+        "error": None,
+        "incomplete_details": {"reason": reason} if ended and reason else None,
+        "output": output,
+        "usage": responses_usage(answer.usage) if ended else None,
+    }
+
+
+def responses_plain(answer: Answer) -> dict[str, Any]:
+    return _responses_body(answer, "completed", [item for item, _, _ in _responses_items(answer)])
+
+
+def responses_events(answer: Answer) -> list[bytes]:
+    frames: list[bytes] = []
+
+    def event(kind: str, **fields: Any) -> None:
+        frames.append(frame({"type": kind, "sequence_number": len(frames), **fields}, kind))
+
+    for kind in ("created", "in_progress"):
+        event(f"response.{kind}", response=_responses_body(answer, "in_progress", []))
+    for index, (item, what, text) in enumerate(_responses_items(answer)):
+        where: dict[str, Any] = {"item_id": item["id"], "output_index": index}
+        empty = {"reasoning": {"summary": []}, "message": {"content": []}, "function_call": {"arguments": ""}}
+        # As OpenAI's own: what is sealed may be incomplete until the item is done.
+        begun = {**item, **empty[item["type"]]} | ({"encrypted_content": "c2"} if "encrypted_content" in item else {})
+        event("response.output_item.added", output_index=index, item=begun)
+        if item["type"] == "reasoning":
+            where["summary_index"] = 0
+            event("response.reasoning_summary_part.added", **where, part={"type": "summary_text", "text": ""})
+        elif item["type"] == "message":
+            where["content_index"] = 0
+            key = "refusal" if what == "refusal" else "text"
+            event("response.content_part.added", **where, part={"type": what, key: ""})
+        for piece in split_text(text, answer.behaviour.pieces):
+            event(f"response.{what}.delta", **where, delta=piece)
+        event(f"response.{what}.done", **where, text=text)
+        event("response.output_item.done", output_index=index, item=item)
+    if answer.behaviour.terminator:
+        whole = responses_plain(answer)
+        event(f"response.{whole['status']}", response=whole)
     return frames
 
 

@@ -75,3 +75,19 @@ def test_as_a_program() -> None:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=5) as response:
             assert response.status == 200
         process.terminate()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_official_client_of_responses(provider: LoopbackProvider, client: openai.OpenAI, stream: bool) -> None:
+    call = ToolCall("c", "f", '{"a":1}')
+    provider.default = Behaviour(reasoning="hm", tool_calls=(call,), usage=Usage(9, 4, 3, 2, 1))
+    if stream:
+        with client.responses.stream(model="m", input="hi") as told:
+            reply = told.get_final_response()
+    else:
+        reply = client.responses.create(model="m", input="hi")
+    assert [item.type for item in reply.output] == ["reasoning", "message", "function_call"]
+    assert reply.output_text == Behaviour.text
+    assert reply.output[2].arguments == '{"a":1}'  # type: ignore[union-attr]
+    assert reply.usage is not None
+    assert reply.usage.input_tokens_details.cache_write_tokens == 1

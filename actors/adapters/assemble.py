@@ -1,4 +1,4 @@
-"""What the three dialects share: putting a streamed answer together, and small translations of a request."""
+"""What the dialects share: putting a streamed answer together, and small translations of a request."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ from actors.messages import (
     ToolCallDelta,
     Usage,
 )
+
+TOOL_FAILED = "Error: the tool failed."
+"""For dialects whose tool results have no field for it."""
 
 
 @dataclass(slots=True)

@@ -25,11 +25,16 @@ async def build_adapters(specs: Sequence[WorkerSpec]) -> dict[str, Adapter]:
         raise ConfigError("workers of several providers cannot share an actor")
     if provider in ("local", "vllm"):
         return await _with_engine(specs)
-    return {spec.name: _remote_or_replay(spec) for spec in specs}
+    return {spec.name: adapter_of(spec) for spec in specs}
 
 
-def _remote_or_replay(spec: WorkerSpec) -> Adapter:
+def adapter_of(spec: WorkerSpec) -> Adapter:
+    """The adapter of a worker that is called over HTTP, or answers from recorded outcomes."""
     match spec.provider:
+        case "openai" if spec.api == "responses":
+            from actors.adapters.openai_responses import OpenAIResponsesAdapter
+
+            return OpenAIResponsesAdapter(spec, make_transport(spec))
         case "openai":
             from actors.adapters.openai import OpenAIAdapter
 

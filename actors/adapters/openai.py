@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import orjson
 
-from actors.adapters.assemble import Assembler, count, given, stream_answer, tool_call_id
+from actors.adapters.assemble import TOOL_FAILED, Assembler, count, given, stream_answer, tool_call_id
 from actors.adapters.base import CallContext
 from actors.adapters.upstream import Upstream
 from actors.config import WorkerSpec
@@ -56,7 +56,6 @@ ACCEPTED = frozenset(
 _OURS = frozenset({"model", "messages", "stream", "stream_options", "n"})
 
 _SMALLEST = 1e-6
-_FAILED = "Error: the tool failed."
 _SHOWN = "The images that the tools returned:"
 
 _FINISH: Mapping[str, FinishReason] = {
@@ -180,7 +179,7 @@ def _images(images: Sequence[ImagePart]) -> dict[str, Any]:
 def _result(message: Message) -> str | list[dict[str, Any]]:
     """What a tool said. That it failed has no field here, and is said in words."""
     if message.images or message.failed:
-        return "\n".join(filter(None, (_FAILED if message.failed else "", message.text)))
+        return "\n".join(filter(None, (TOOL_FAILED if message.failed else "", message.text)))
     return _content(message, refusals=False)
 
 

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from actors.adapters.anthropic import AnthropicAdapter
 from actors.adapters.base import Adapter, CallContext
-from actors.adapters.gemini import GeminiAdapter
-from actors.adapters.openai import OpenAIAdapter
+from actors.adapters.build import adapter_of
 from actors.config import WorkerSpec
 from actors.messages import (
     ChatReply,
@@ -23,18 +21,17 @@ from actors.messages import (
     ToolChoice,
     ToolSpec,
 )
-from actors.transport import make_transport
 from tests.loopback import LoopbackProvider
 from tests.loopback_dialects import Dialect
 
-DIALECTS: tuple[Dialect, ...] = ("openai", "anthropic", "gemini")
+DIALECTS: tuple[Dialect, ...] = ("openai", "responses", "anthropic", "gemini")
 MODELS: Mapping[str, str] = {
     "openai": "gpt-5.5",
+    "responses": "gpt-5.5-pro",
     "anthropic": "claude-sonnet-4-6",
     "gemini": "gemini-3-flash",
 }
 KEY = "sk-loopback-secret-0123456789"
-ADAPTERS = {"openai": OpenAIAdapter, "anthropic": AnthropicAdapter, "gemini": GeminiAdapter}
 
 SCHEMA = {
     "type": "object",
@@ -87,7 +84,7 @@ SIMPLE = ChatRequest(messages=(Message("user", "Hello?"),))
 def spec_for(provider: LoopbackProvider, dialect: Dialect, **changes: Any) -> WorkerSpec:
     fields: dict[str, Any] = {
         "name": f"w-{dialect}",
-        "provider": dialect,
+        **({"provider": "openai", "api": "responses"} if dialect == "responses" else {"provider": dialect}),
         "model": MODELS[dialect],
         "base_url": provider.url_for(dialect),
         "api_key": KEY,
@@ -97,8 +94,7 @@ def spec_for(provider: LoopbackProvider, dialect: Dialect, **changes: Any) -> Wo
 
 
 def adapter_for(provider: LoopbackProvider, dialect: Dialect, **changes: Any) -> Adapter:
-    spec = spec_for(provider, dialect, **changes)
-    return ADAPTERS[dialect](spec, make_transport(spec))
+    return adapter_of(spec_for(provider, dialect, **changes))
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""One server for the clients, its workers on a loopback provider in two wire formats."""
+"""One server for the clients, its workers on a loopback provider in three wire formats."""
 
 from __future__ import annotations
 

@@ -11,12 +11,9 @@ from typing import Any
 
 import uvicorn
 
-from actors.adapters.anthropic import AnthropicAdapter
-from actors.adapters.openai import OpenAIAdapter
 from actors.config import FuguConfig, WorkerSpec
 from actors.journal import state_dir
 from actors.messages import ChatReply, ChatRequest, Chunk
-from actors.transport import make_transport
 from actors.worker import WorkerRuntime
 from serve.api.health import Readiness
 from serve.conductor import conducting
@@ -25,9 +22,10 @@ from serve.router import OrderDecider
 from serve.store import SqliteStore
 from tests.clients.tape import Tape
 from tests.loopback import LoopbackProvider
+from tests.serve.linked import runtime_of
 
 KEY = "clients-test-key-5b1d"
-WORKERS = ("chatty", "claudine")
+WORKERS = ("chatty", "claudine", "reasoner")
 
 
 class _Worker:
@@ -41,8 +39,7 @@ class _Worker:
     @property
     def _runtime(self) -> WorkerRuntime:
         if self._made is None:
-            kind = OpenAIAdapter if self._spec.provider == "openai" else AnthropicAdapter
-            self._made = WorkerRuntime(self._spec, kind(self._spec, make_transport(self._spec)))
+            self._made = runtime_of(self._spec)
         return self._made
 
     async def complete(self, request: ChatRequest) -> ChatReply:
@@ -61,7 +58,11 @@ class ClientServer:
         claude = {"provider": "anthropic", "model": "claude-opus-4-8", "base_url": provider.url_for("anthropic")}
         config = FuguConfig.model_validate(
             {
-                "workers": [{"name": "chatty", **openai, **common}, {"name": "claudine", **claude, **common}],
+                "workers": [
+                    {"name": "chatty", **openai, **common},
+                    {"name": "claudine", **claude, **common},
+                    {"name": "reasoner", "api": "responses", **openai, **common},
+                ],
                 "serve": {"api_keys": [KEY], "keep_alive": 1.0},
                 "conductor": {"worker": "chatty"},
             }

@@ -1,5 +1,5 @@
 """The official Python SDKs of OpenAI and Anthropic mend a repository through the running server, in every way that
-they have: chat, Responses (by id and stateless) and Messages, streamed and not, two wire formats behind."""
+they have: chat, Responses (by id and stateless) and Messages, streamed and not, three wire formats behind."""
 
 from __future__ import annotations
 
@@ -160,11 +160,12 @@ def test_a_repository_is_mended(
     assert not coding.is_mended(repository)
     assert agent(server, repository, worker, stream) == coding.ANSWER
     assert coding.is_mended(repository)
-    expected = "openai" if worker == "chatty" else "anthropic"
+    expected = {"chatty": "openai", "claudine": "anthropic", "reasoner": "responses"}[worker]
     assert [request.dialect for request in provider.requests] == [expected] * 4, "the loop stays with who asked"
     last = json.dumps(provider.requests[-1].body)
     for id in ("call_read0", "call_read1", "call_write", "call_run"):
         assert f'"{id}"' in last, "the worker sees its calls as it made them"
     assert "the test passed" in last
-    if worker == "claudine" and agent is not chat:
-        assert '"signature": "c2lnbmVk"' in last, "and its thoughts, signed"
+    sealed = {"claudine": '"signature": "c2lnbmVk"', "reasoner": '"encrypted_content": "c2lnbmVk"'}.get(worker)
+    if sealed is not None and agent is not chat:
+        assert sealed in last, "and its thoughts, signed"

@@ -53,8 +53,9 @@ def sent(provider: LoopbackProvider, dialect: str) -> str:
 
 
 async def test_a_workflow_over_three_dialects(provider: LoopbackProvider) -> None:
-    for dialect, text in zip(DIALECTS, ("the Nile MARK0", "the Congo MARK1", "four letters"), strict=True):
-        provider.by_model[MODELS[dialect]] = Behaviour(text, usage=Usage(100, 10))
+    said = {"openai": "the Nile MARK0", "anthropic": "the Congo MARK1", "gemini": "four letters"}
+    for dialect, text in said.items():
+        provider.by_model[MODELS[dialect]] = Behaviour(text, usage=Usage(100, 10))  # type: ignore[index]
     async with wired(provider) as workers:
         run = await execute(QUERY, plan(("openai", ()), ("anthropic", (0,)), ("gemini", (1,))), workers)
     assert run.answered().text == "four letters"
@@ -117,4 +118,4 @@ async def test_cancelling_ends_every_call_at_the_provider(provider: LoopbackProv
             await task
         assert await asyncio.to_thread(provider.wait_for, lambda: len(provider.disconnects) == 3)
         assert time.monotonic() - began < 2
-        assert [worker.limiter.running for worker in workers.values()] == [0, 0, 0]
+        assert [worker.limiter.running for worker in workers.values()] == [0] * len(DIALECTS)

@@ -10,21 +10,17 @@ from typing import Any
 
 import httpx
 
-from actors.adapters.anthropic import AnthropicAdapter
-from actors.adapters.openai import OpenAIAdapter
+from actors.adapters.build import adapter_of
 from actors.config import FuguConfig, WorkerSpec
 from actors.link_client import Link
 from actors.link_server import LinkServer
 from actors.messages import ChatReply, ChatRequest, Chunk, Worker
-from actors.transport import make_transport
 from actors.worker import WorkerRuntime
 from serve.api.health import Readiness
 from serve.conductor import conducting
 from serve.gateway import Gateway
 from serve.router import Decider, OrderDecider
 from serve.store import SqliteStore
-
-_KINDS = {"openai": OpenAIAdapter, "anthropic": AnthropicAdapter}
 
 
 class Direct:
@@ -56,7 +52,7 @@ class Linked:
 
 
 def runtime_of(spec: WorkerSpec) -> WorkerRuntime:
-    return WorkerRuntime(spec, _KINDS[spec.provider](spec, make_transport(spec)))
+    return WorkerRuntime(spec, adapter_of(spec))
 
 
 @asynccontextmanager
