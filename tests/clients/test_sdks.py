@@ -14,7 +14,7 @@ import pytest
 from tests.clients import coding
 from tests.clients.server import KEY, WORKERS, ClientServer
 from tests.clients.test_agents import check_turns, playing
-from tests.loopback import LoopbackProvider
+from tests.loopback import Behaviour, LoopbackProvider
 
 MOST_TURNS = 8
 
@@ -169,3 +169,13 @@ def test_a_repository_is_mended(
     sealed = {"claudine": '"signature": "c2lnbmVk"', "reasoner": '"encrypted_content": "c2lnbmVk"'}.get(worker)
     if sealed is not None and agent is not chat:
         assert sealed in last, "and its thoughts, signed"
+
+
+def test_a_summary_of_the_reasoning_can_be_asked_for(server: ClientServer, provider: LoopbackProvider) -> None:
+    provider.default = Behaviour("Four.", reasoning="Two and two.")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=30)
+    extra = {"reasoning": {"summary": "auto"}, **first_choice("reasoner")}
+    ask: Any = {"model": "fugu", "messages": [{"role": "user", "content": "2 + 2?"}], "reasoning_effort": "low"}
+    message = client.chat.completions.create(**ask, extra_body=extra).choices[0].message
+    assert (message.content, message.reasoning_content) == ("Four.", "Two and two.")
+    assert provider.requests[-1].body["reasoning"] == {"summary": "auto", "effort": "low"}
