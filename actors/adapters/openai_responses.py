@@ -147,8 +147,8 @@ def _input(spec: WorkerSpec, request: ChatRequest) -> list[dict[str, Any]]:
             continue
         content = _content(message)
         if content or message.tool_calls:
-            # One that nothing follows would be refused.
-            items += map(_reasoning, message.thoughts)
+            # One that nothing follows would be refused; so would what this worker signed when it was of another vendor.
+            items += [_reasoning(thought) for thought in message.thoughts if ":" in thought.signature]
         if content:
             items.append({"type": "message", "role": roles.get(message.role, message.role), "content": content})
         items += [

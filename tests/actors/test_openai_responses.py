@@ -193,7 +193,7 @@ def test_reasoning_goes_back_before_what_it_led_to() -> None:
     calls = (ToolCall("call_1", "weather", '{"city": "Paris"}'),)
     messages = (
         Message("user", "And the weather?"),
-        Message("assistant", tool_calls=calls, thoughts=(THOUGHT, SILENT)),
+        Message("assistant", tool_calls=calls, thoughts=(Thought("hm", "of-another-vendor"), THOUGHT, SILENT)),
         Message("tool", "sunny", tool_call_id="call_1"),
         Message("assistant", thoughts=(THOUGHT,)),  # cut off: nothing follows it
     )
