@@ -99,8 +99,7 @@ def request_body(spec: WorkerSpec, request: ChatRequest) -> tuple[dict[str, Any]
     body: dict[str, Any] = {"model": spec.model, "messages": _messages(spec, request)}
     body |= given(
         temperature=request.temperature,
-        # vLLM takes no 0, which says the same as a very small number.
-        top_p=_SMALLEST if request.top_p == 0 and not official(spec) else request.top_p,
+        top_p=top_p(spec, request),
         seed=request.seed,
         stop=list(request.stop) or None,
         reasoning_effort=request.reasoning_effort,
@@ -137,6 +136,11 @@ def request_body(spec: WorkerSpec, request: ChatRequest) -> tuple[dict[str, Any]
         dropped.append("tools.strict")
     body |= {name: value for name, value in request.extra.items() if name in accepted and name not in body}
     return body, dropped
+
+
+def top_p(spec: WorkerSpec, request: ChatRequest) -> float | None:
+    """vLLM takes no 0, which says the same as a very small number."""
+    return _SMALLEST if request.top_p == 0 and not official(spec) else request.top_p
 
 
 def _messages(spec: WorkerSpec, request: ChatRequest) -> list[dict[str, Any]]:

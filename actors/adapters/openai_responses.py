@@ -19,6 +19,7 @@ import httpx
 from actors.adapters.assemble import TOOL_FAILED, Assembler, count, given, parts_of, stream_answer
 from actors.adapters.base import CallContext
 from actors.adapters.failures import from_status, read_error
+from actors.adapters.openai import top_p
 from actors.adapters.upstream import Upstream
 from actors.config import WorkerSpec
 from actors.errors import WorkerError
@@ -90,7 +91,7 @@ def request_body(spec: WorkerSpec, request: ChatRequest) -> tuple[dict[str, Any]
     """The body of a plain call, and the names of fields that were dropped."""
     extra = dict(request.extra)
     body: dict[str, Any] = {"model": spec.model, "input": _input(spec, request), "store": False}
-    body |= given(temperature=request.temperature, top_p=request.top_p)
+    body |= given(temperature=request.temperature, top_p=top_p(spec, request))
     if request.max_tokens is not None:
         least = _MIN_OUTPUT_TOKENS if official(spec) else 1
         body["max_output_tokens"] = max(request.max_tokens, least)

@@ -148,9 +148,10 @@ def test_a_compatible_server_gets_what_it_accepts() -> None:
     server = spec(base_url="http://vllm:8000/v1", accepts=["top_k", "input", "background"])
     extra = {"top_k": 5, "input": "x", "background": True, "store": True, "verbosity": "low"}
     extra |= {"reasoning": {"summary": "auto", "effort": "low"}}
-    request = RICH.with_(extra=extra, max_tokens=3, reasoning_effort="high")
+    request = RICH.with_(extra=extra, max_tokens=3, reasoning_effort="high", top_p=0.0)
     body, dropped = request_body(server, request)
     assert (body["top_k"], body["max_output_tokens"], body["store"]) == (5, 3, True)
+    assert 0 < body["top_p"] < 0.001
     assert body["reasoning"] == {"summary": "auto", "effort": "high"}
     assert body["text"]["verbosity"] == "low"
     assert [item["role"] for item in body["input"][:2]] == ["system", "system"]
