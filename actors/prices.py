@@ -20,10 +20,11 @@ _LISTED = ("openai", "anthropic", "gemini")
 
 def pricing(spec: WorkerSpec) -> Pricing:
     """What a usage of this worker costs, in USD; None where that is unknown."""
+    if not has_price(spec):
+        return lambda _usage: None
     price = spec.price
-    if price is not None:
-        return lambda usage: price_of(_consistent(usage), price)
-    return _listed(spec) if has_price(spec) else lambda _usage: None
+    cost = _listed(spec) if price is None else lambda usage: price_of(usage, price)
+    return lambda usage: cost(_consistent(usage))
 
 
 def has_price(spec: WorkerSpec) -> bool:
@@ -57,7 +58,6 @@ def _listed(spec: WorkerSpec) -> Pricing:
     import genai_prices
 
     def cost(usage: Usage) -> float | None:
-        usage = _consistent(usage)
         tokens = genai_prices.Usage(
             # The list knows the price of five minutes only; an hour costs twice the input.
             input_tokens=usage.input_tokens + usage.cache_hour_tokens,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -24,12 +24,11 @@ from actors.adapters.assemble import (
     given,
     parts_of,
     split_system,
-    stream_answer,
 )
-from actors.adapters.base import CallContext
+from actors.adapters.remote import RemoteAdapter
 from actors.adapters.upstream import Upstream
 from actors.config import WorkerSpec
-from actors.messages import ChatReply, ChatRequest, Chunk, FinishReason, ImagePart, Message, Thought, Usage
+from actors.messages import ChatRequest, FinishReason, ImagePart, Message, Thought, Usage
 from actors.schema_subset import takes
 
 PATH = "/v1/messages"
@@ -52,30 +51,24 @@ _BUDGET = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh":
 _MIN_BUDGET = 1024
 
 
-class AnthropicAdapter:
-    """See `actors.adapters.base.Adapter`."""
+class AnthropicAdapter(RemoteAdapter):
+    """Over `PATH`, streamed or not."""
 
     def __init__(self, spec: WorkerSpec, transport: httpx.AsyncBaseTransport) -> None:
         auth = {"anthropic-version": VERSION}
         if spec.api_key:
             auth["x-api-key"] = spec.api_key.get_secret_value()
-        self._upstream = Upstream(spec, transport, auth)
+        super().__init__(spec, transport, auth)
 
-    async def complete(self, request: ChatRequest, context: CallContext) -> ChatReply:
+    def _path(self, *, stream: bool) -> str:
+        return PATH
+
+    def _body(self, request: ChatRequest, *, stream: bool) -> tuple[dict[str, Any], list[str]]:
         body, dropped = request_body(self._upstream.spec, request)
-        reply = await self._upstream.post(PATH, body, context)
-        reader = _Reader(self._upstream)
-        with self._upstream.parsing():
-            reader.take_whole(reply)
-        return reader.answer.reply(self._upstream.spec.name, dropped)
+        return body | ({"stream": True} if stream else {}), dropped
 
-    def stream(self, request: ChatRequest, context: CallContext) -> AsyncIterator[Chunk]:
-        body, dropped = request_body(self._upstream.spec, request)
-        body["stream"] = True
-        return stream_answer(self._upstream, PATH, body, context, _Reader(self._upstream), dropped)
-
-    async def close(self) -> None:
-        await self._upstream.transport.aclose()
+    def _reader(self, request: ChatRequest) -> _Reader:
+        return _Reader(self._upstream)
 
 
 def generation(model: str) -> tuple[int, int] | None:

@@ -143,8 +143,9 @@ class _Tool:
 
 
 class Reader(Protocol):
-    """A dialect's reading of its event stream. `done` turns true at the event that the dialect documents as the
-    last, or never where it documents none; `complete` says whether the answer has been given in full."""
+    """A dialect's reading of its event stream (`read`), or of an answer that is not streamed (`take_whole`). `done`
+    turns true at the event that the dialect documents as the last, or never where it documents none; `complete` says
+    whether the answer has been given in full."""
 
     answer: Assembler
 
@@ -155,6 +156,8 @@ class Reader(Protocol):
     def complete(self) -> bool: ...
 
     def read(self, data: str) -> None: ...
+
+    def take_whole(self, reply: dict[str, Any]) -> None: ...
 
 
 async def stream_answer(
@@ -173,7 +176,7 @@ async def stream_answer(
     """
     started = False
     try:
-        async with upstream.open(path, body, context) as response:
+        async with upstream.open(path, body, context, upstream.spec.timeout.first_byte) as response:
             while not reader.done:
                 events = await response.events()
                 if events is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mimetypes
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -24,13 +24,12 @@ from actors.adapters.assemble import (
     given,
     parts_of,
     split_system,
-    stream_answer,
     tool_call_id,
 )
-from actors.adapters.base import CallContext
+from actors.adapters.remote import RemoteAdapter
 from actors.adapters.upstream import Upstream
 from actors.config import WorkerSpec
-from actors.messages import ChatReply, ChatRequest, Chunk, FinishReason, ImagePart, Message, Usage
+from actors.messages import ChatRequest, FinishReason, ImagePart, Message, Usage
 
 # Callers' fields as this API calls them, in `generationConfig`; and those it takes at the top.
 _CONFIG = {"top_k": "topK", "presence_penalty": "presencePenalty", "frequency_penalty": "frequencyPenalty"}
@@ -57,32 +56,21 @@ _BUDGET = {"minimal": 1024, "low": 1024, "medium": 8192, "high": 24576, "xhigh":
 _UNSIGNED = "skip_thought_signature_validator"
 
 
-class GeminiAdapter:
-    """See `actors.adapters.base.Adapter`."""
+class GeminiAdapter(RemoteAdapter):
+    """The path says whether it is streamed."""
 
     def __init__(self, spec: WorkerSpec, transport: httpx.AsyncBaseTransport) -> None:
-        auth = {"x-goog-api-key": spec.api_key.get_secret_value()} if spec.api_key else {}
-        self._upstream = Upstream(spec, transport, auth)
-        self._path = f"/{spec.model}" if "/" in spec.model else f"/models/{spec.model}"
+        super().__init__(spec, transport, {"x-goog-api-key": spec.api_key.get_secret_value()} if spec.api_key else {})
+        self._model = f"/{spec.model}" if "/" in spec.model else f"/models/{spec.model}"
 
-    async def complete(self, request: ChatRequest, context: CallContext) -> ChatReply:
-        body, dropped = request_body(self._upstream.spec, request)
-        reply = await self._upstream.post(f"{self._path}:generateContent", body, context)
-        reader = _Reader(self._upstream, request)
-        with self._upstream.parsing():
-            reader.take(reply)
-        if not reader.complete:
-            raise self._upstream.malformed("it has neither an answer nor a reason for none")
-        return reader.answer.reply(self._upstream.spec.name, dropped)
+    def _path(self, *, stream: bool) -> str:
+        return self._model + (":streamGenerateContent?alt=sse" if stream else ":generateContent")
 
-    def stream(self, request: ChatRequest, context: CallContext) -> AsyncIterator[Chunk]:
-        body, dropped = request_body(self._upstream.spec, request)
-        path = f"{self._path}:streamGenerateContent?alt=sse"
-        reader = _Reader(self._upstream, request)
-        return stream_answer(self._upstream, path, body, context, reader, dropped)
+    def _body(self, request: ChatRequest, *, stream: bool) -> tuple[dict[str, Any], list[str]]:
+        return request_body(self._upstream.spec, request)
 
-    async def close(self) -> None:
-        await self._upstream.transport.aclose()
+    def _reader(self, request: ChatRequest) -> _Reader:
+        return _Reader(self._upstream, request)
 
 
 def generation(model: str) -> tuple[int, int] | None:
@@ -230,9 +218,14 @@ class _Reader:
         self._request = request
 
     def read(self, data: str) -> None:
-        self.take(self._upstream.event_object(data))
+        self._take(self._upstream.event_object(data))
 
-    def take(self, reply: dict[str, Any]) -> None:
+    def take_whole(self, reply: dict[str, Any]) -> None:
+        self._take(reply)
+        if not self.complete:
+            raise self._upstream.malformed("it has neither an answer nor a reason for none")
+
+    def _take(self, reply: dict[str, Any]) -> None:
         self.answer.named(reply.get("modelVersion"))
         for candidate in (reply.get("candidates") or ())[:1]:
             for part in (candidate.get("content") or {}).get("parts") or ():

@@ -6,20 +6,18 @@ Mistral and others) the deviations named where they are handled.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
 import orjson
 
-from actors.adapters.assemble import TOOL_FAILED, Assembler, count, given, stream_answer, tool_call_id
-from actors.adapters.base import CallContext
+from actors.adapters.assemble import TOOL_FAILED, Assembler, count, given, tool_call_id
+from actors.adapters.remote import RemoteAdapter, bearer
 from actors.adapters.upstream import Upstream
 from actors.config import WorkerSpec
 from actors.messages import (
-    ChatReply,
     ChatRequest,
-    Chunk,
     FinishReason,
     ImagePart,
     Message,
@@ -69,29 +67,21 @@ _FINISH: Mapping[str, FinishReason] = {
 }
 
 
-class OpenAIAdapter:
-    """See `actors.adapters.base.Adapter`."""
+class OpenAIAdapter(RemoteAdapter):
+    """Over `PATH`, streamed or not."""
 
     def __init__(self, spec: WorkerSpec, transport: httpx.AsyncBaseTransport) -> None:
-        key = spec.api_key.get_secret_value() if spec.api_key else ""
-        self._upstream = Upstream(spec, transport, {"authorization": f"Bearer {key}"} if key else {})
+        super().__init__(spec, transport, bearer(spec))
 
-    async def complete(self, request: ChatRequest, context: CallContext) -> ChatReply:
+    def _path(self, *, stream: bool) -> str:
+        return PATH
+
+    def _body(self, request: ChatRequest, *, stream: bool) -> tuple[dict[str, Any], list[str]]:
         body, dropped = request_body(self._upstream.spec, request)
-        reply = await self._upstream.post(PATH, body, context)
-        reader = _Reader(self._upstream, request)
-        with self._upstream.parsing():
-            reader.take_whole(reply)
-        return reader.answer.reply(self._upstream.spec.name, dropped)
+        return body | ({"stream": True, "stream_options": {"include_usage": True}} if stream else {}), dropped
 
-    def stream(self, request: ChatRequest, context: CallContext) -> AsyncIterator[Chunk]:
-        body, dropped = request_body(self._upstream.spec, request)
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
-        reader = _Reader(self._upstream, request)
-        return stream_answer(self._upstream, PATH, body, context, reader, dropped)
-
-    async def close(self) -> None:
-        await self._upstream.transport.aclose()
+    def _reader(self, request: ChatRequest) -> _Reader:
+        return _Reader(self._upstream, request)
 
 
 def request_body(spec: WorkerSpec, request: ChatRequest) -> tuple[dict[str, Any], list[str]]:

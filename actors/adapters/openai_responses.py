@@ -9,24 +9,21 @@ Source: the API reference of OpenAI, "Responses" (create, streaming events).
 
 from __future__ import annotations
 
-import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import httpx
 
-from actors.adapters.assemble import TOOL_FAILED, Assembler, count, given, parts_of, stream_answer
-from actors.adapters.base import CallContext
+from actors.adapters.assemble import TOOL_FAILED, Assembler, count, given, parts_of
 from actors.adapters.failures import from_status, read_error
 from actors.adapters.openai import top_p
+from actors.adapters.remote import RemoteAdapter, bearer
 from actors.adapters.upstream import Upstream
 from actors.config import WorkerSpec
 from actors.errors import WorkerError
 from actors.messages import (
-    ChatReply,
     ChatRequest,
-    Chunk,
     FinishReason,
     ImagePart,
     Message,
@@ -60,31 +57,31 @@ _MIN_OUTPUT_TOKENS = 16
 """OpenAI's own servers refuse a lower bound."""
 
 _FINISH: Mapping[str, FinishReason] = {"max_output_tokens": "length", "content_filter": "content_filter"}
+_PIECES: Mapping[str, Callable[[Assembler, str], None]] = {
+    "response.output_text.delta": Assembler.add_text,
+    "response.refusal.delta": Assembler.add_refusal,
+    "response.reasoning_text.delta": Assembler.add_reasoning,
+    "response.reasoning_summary_text.delta": Assembler.add_reasoning,
+}
 # What a response that failed says of why. All others are about what was asked.
 _STATUS_OF_CODE = {"server_error": 500, "rate_limit_exceeded": 429, "vector_store_timeout": 504}
 
 
-class OpenAIResponsesAdapter:
-    """See `actors.adapters.base.Adapter`."""
+class OpenAIResponsesAdapter(RemoteAdapter):
+    """Over `PATH`, streamed or not."""
 
     def __init__(self, spec: WorkerSpec, transport: httpx.AsyncBaseTransport) -> None:
-        key = spec.api_key.get_secret_value() if spec.api_key else ""
-        self._upstream = Upstream(spec, transport, {"authorization": f"Bearer {key}"} if key else {})
+        super().__init__(spec, transport, bearer(spec))
 
-    async def complete(self, request: ChatRequest, context: CallContext) -> ChatReply:
+    def _path(self, *, stream: bool) -> str:
+        return PATH
+
+    def _body(self, request: ChatRequest, *, stream: bool) -> tuple[dict[str, Any], list[str]]:
         body, dropped = request_body(self._upstream.spec, request)
-        reply = await self._upstream.post(PATH, body, context)
-        reader = _Reader(self._upstream)
-        with self._upstream.parsing():
-            reader.take_whole(reply)
-        return reader.answer.reply(self._upstream.spec.name, dropped)
+        return body | ({"stream": True} if stream else {}), dropped
 
-    def stream(self, request: ChatRequest, context: CallContext) -> AsyncIterator[Chunk]:
-        body, dropped = request_body(self._upstream.spec, request)
-        return stream_answer(self._upstream, PATH, body | {"stream": True}, context, _Reader(self._upstream), dropped)
-
-    async def close(self) -> None:
-        await self._upstream.transport.aclose()
+    def _reader(self, request: ChatRequest) -> _Reader:
+        return _Reader(self._upstream)
 
 
 def request_body(spec: WorkerSpec, request: ChatRequest) -> tuple[dict[str, Any], list[str]]:
@@ -227,22 +224,14 @@ class _Reader:
             self._item(event["output_index"], event["item"])
         elif kind == "response.output_item.added" and event["item"]["type"] == "function_call":
             self._open(event["output_index"], event["item"])
-        elif re.fullmatch(r"response\.(output_text|refusal|reasoning_text|reasoning_summary_text)\.delta", kind):
+        elif kind in _PIECES:
             self._streamed.add(event["output_index"])
-            self._add(kind.split(".")[1], event["delta"])
+            _PIECES[kind](self.answer, event["delta"])
         elif kind == "response.reasoning_summary_part.added" and event["summary_index"] > 0:
             self.answer.add_reasoning("\n\n")
         elif kind == "response.function_call_arguments.delta":
             self._streamed.add(event["output_index"])
             self.answer.add_arguments(self._tools[event["output_index"]], event["delta"])
-
-    def _add(self, what: str, piece: str) -> None:
-        if what == "output_text":
-            self.answer.add_text(piece)
-        elif what == "refusal":
-            self.answer.add_refusal(piece)
-        else:
-            self.answer.add_reasoning(piece)
 
     def _open(self, index: int, item: dict[str, Any]) -> None:
         self._tools[index] = self.answer.open_tool(item["call_id"], item["name"])
@@ -261,7 +250,8 @@ class _Reader:
                 self.answer.add_thought(Thought(said, f"{item['id']}:{sealed}", redacted=not said))
         elif kind == "message" and index not in self._streamed:
             for part in item["content"]:
-                self._add(part["type"], part.get("text") or part.get("refusal") or "")
+                self.answer.add_text(part.get("text") or "")
+                self.answer.add_refusal(part.get("refusal") or "")
         elif kind == "function_call":
             if index not in self._tools:
                 self._open(index, item)

@@ -62,16 +62,13 @@ class Upstream:
         Raises:
             WorkerError: whatever went wrong.
         """
-        async with self.open(path, body, context, patience=self.spec.timeout.until_whole) as response:
+        async with self.open(path, body, context, self.spec.timeout.until_whole) as response:
             raw = await response.read_all()
         return self._object(raw, response.content_type)
 
-    def open(
-        self, path: str, body: Mapping[str, Any], context: CallContext, *, patience: float | None = None
-    ) -> UpstreamResponse:
+    def open(self, path: str, body: Mapping[str, Any], context: CallContext, patience: float) -> UpstreamResponse:
         """A call as an async context manager; leaving it closes the connection or gives it back. `patience` is how many
-        seconds the first byte may take, `first_byte` where None."""
-        patience = self.spec.timeout.first_byte if patience is None else patience
+        seconds the first byte may take."""
         return UpstreamResponse(self, self._request(path, body, context.headers), context, patience)
 
     def _request(self, path: str, body: Mapping[str, Any], more: Mapping[str, str]) -> httpx.Request:

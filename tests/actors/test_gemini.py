@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -14,18 +14,6 @@ from actors.errors import ProtocolError, RateLimitedError, WorkerAuthError
 from actors.messages import ChatRequest, ImagePart, Message, ResponseFormat, TextPart, ToolCall, ToolChoice, ToolSpec
 from tests.actors.dialects import KEY, PIXEL, RICH, SCHEMA, SIMPLE, adapter_for, drain
 from tests.loopback import Behaviour, LoopbackProvider
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[LoopbackProvider]:
-    with LoopbackProvider() as provider:
-        yield provider
-
-
-@pytest.fixture
-def provider(shared: LoopbackProvider) -> LoopbackProvider:
-    shared.clear()
-    return shared
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
@@ -38,19 +38,6 @@ from actors.messages import (
 from tests.actors.dialects import KEY, PIXEL, RICH, SCHEMA, SIMPLE, adapter_for, drain
 from tests.loopback import Behaviour, LoopbackProvider
 from tests.loopback_dialects import SIGNATURE, frame
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[LoopbackProvider]:
-    with LoopbackProvider() as provider:
-        yield provider
-
-
-@pytest.fixture
-def provider(shared: LoopbackProvider) -> LoopbackProvider:
-    shared.clear()
-    shared.default = Behaviour()
-    return shared
 
 
 @pytest.fixture

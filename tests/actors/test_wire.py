@@ -45,13 +45,6 @@ def shared() -> Iterator[LoopbackProvider]:
         yield provider
 
 
-@pytest.fixture
-def provider(shared: LoopbackProvider) -> LoopbackProvider:
-    shared.clear()
-    shared.default = Behaviour()
-    return shared
-
-
 @pytest.fixture(params=DIALECTS)
 def dialect(request: pytest.FixtureRequest) -> Dialect:
     return request.param

@@ -82,6 +82,14 @@ def test_steps_may_end_before_the_best_is_reached() -> None:
     assert early > 1.5 * late
 
 
+def test_the_loss_curve_is_the_kept_one() -> None:
+    features, scores = clusters(30)
+    inputs = standard(features)
+    got = solve(inputs, scores, tau=0.25, decay=0.1).losses
+    assert got == solve(inputs, scores, tau=0.25, decay=0.1).losses
+    assert [got[step] for step in (0, 1, 2, 4)] == pytest.approx([0.92129, 0.68739, 0.11937, 0.03593], rel=1e-3)
+
+
 def test_masked_labels_teach_nothing_about_the_missing_worker() -> None:
     features, scores = clusters()
     inputs = standard(features)
