@@ -58,17 +58,7 @@ class AnthropicAdapter(RemoteAdapter):
         auth = {"anthropic-version": VERSION}
         if spec.api_key:
             auth["x-api-key"] = spec.api_key.get_secret_value()
-        super().__init__(spec, transport, auth)
-
-    def _path(self, *, stream: bool) -> str:
-        return PATH
-
-    def _body(self, request: ChatRequest, *, stream: bool) -> tuple[dict[str, Any], list[str]]:
-        body, dropped = request_body(self._upstream.spec, request)
-        return body | ({"stream": True} if stream else {}), dropped
-
-    def _reader(self, request: ChatRequest) -> _Reader:
-        return _Reader(self._upstream)
+        super().__init__(spec, transport, auth, path=PATH, body=request_body, reader=_Reader, streamed={"stream": True})
 
 
 def generation(model: str) -> tuple[int, int] | None:
@@ -308,7 +298,7 @@ def _id(id: str) -> str:
 class _Reader:
     """Reads replies and stream events."""
 
-    def __init__(self, upstream: Upstream) -> None:
+    def __init__(self, upstream: Upstream, _request: ChatRequest) -> None:
         self.answer = Assembler()
         self.done = False
         self._upstream = upstream

@@ -60,17 +60,17 @@ class GeminiAdapter(RemoteAdapter):
     """The path says whether it is streamed."""
 
     def __init__(self, spec: WorkerSpec, transport: httpx.AsyncBaseTransport) -> None:
-        super().__init__(spec, transport, {"x-goog-api-key": spec.api_key.get_secret_value()} if spec.api_key else {})
-        self._model = f"/{spec.model}" if "/" in spec.model else f"/models/{spec.model}"
-
-    def _path(self, *, stream: bool) -> str:
-        return self._model + (":streamGenerateContent?alt=sse" if stream else ":generateContent")
-
-    def _body(self, request: ChatRequest, *, stream: bool) -> tuple[dict[str, Any], list[str]]:
-        return request_body(self._upstream.spec, request)
-
-    def _reader(self, request: ChatRequest) -> _Reader:
-        return _Reader(self._upstream, request)
+        auth = {"x-goog-api-key": spec.api_key.get_secret_value()} if spec.api_key else {}
+        model = f"/{spec.model}" if "/" in spec.model else f"/models/{spec.model}"
+        super().__init__(
+            spec,
+            transport,
+            auth,
+            path=f"{model}:generateContent",
+            stream_path=f"{model}:streamGenerateContent?alt=sse",
+            body=request_body,
+            reader=_Reader,
+        )
 
 
 def generation(model: str) -> tuple[int, int] | None:

@@ -53,6 +53,7 @@ ACCEPTED = frozenset(
 # Ours to decide, whatever a caller or `accepts` says.
 _OURS = frozenset({"model", "messages", "stream", "stream_options", "n"})
 
+_STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 _SMALLEST = 1e-6
 _SHOWN = "The images that the tools returned:"
 
@@ -71,17 +72,9 @@ class OpenAIAdapter(RemoteAdapter):
     """Over `PATH`, streamed or not."""
 
     def __init__(self, spec: WorkerSpec, transport: httpx.AsyncBaseTransport) -> None:
-        super().__init__(spec, transport, bearer(spec))
-
-    def _path(self, *, stream: bool) -> str:
-        return PATH
-
-    def _body(self, request: ChatRequest, *, stream: bool) -> tuple[dict[str, Any], list[str]]:
-        body, dropped = request_body(self._upstream.spec, request)
-        return body | ({"stream": True, "stream_options": {"include_usage": True}} if stream else {}), dropped
-
-    def _reader(self, request: ChatRequest) -> _Reader:
-        return _Reader(self._upstream, request)
+        super().__init__(
+            spec, transport, bearer(spec), path=PATH, body=request_body, reader=_Reader, streamed=_STREAMED
+        )
 
 
 def request_body(spec: WorkerSpec, request: ChatRequest) -> tuple[dict[str, Any], list[str]]:

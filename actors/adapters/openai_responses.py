@@ -71,17 +71,9 @@ class OpenAIResponsesAdapter(RemoteAdapter):
     """Over `PATH`, streamed or not."""
 
     def __init__(self, spec: WorkerSpec, transport: httpx.AsyncBaseTransport) -> None:
-        super().__init__(spec, transport, bearer(spec))
-
-    def _path(self, *, stream: bool) -> str:
-        return PATH
-
-    def _body(self, request: ChatRequest, *, stream: bool) -> tuple[dict[str, Any], list[str]]:
-        body, dropped = request_body(self._upstream.spec, request)
-        return body | ({"stream": True} if stream else {}), dropped
-
-    def _reader(self, request: ChatRequest) -> _Reader:
-        return _Reader(self._upstream)
+        super().__init__(
+            spec, transport, bearer(spec), path=PATH, body=request_body, reader=_Reader, streamed={"stream": True}
+        )
 
 
 def request_body(spec: WorkerSpec, request: ChatRequest) -> tuple[dict[str, Any], list[str]]:
@@ -187,7 +179,7 @@ def _reasoning(thought: Thought) -> dict[str, Any]:
 class _Reader:
     """Reads replies and stream events. Of an item of which nothing was streamed, the whole item is read."""
 
-    def __init__(self, upstream: Upstream) -> None:
+    def __init__(self, upstream: Upstream, _request: ChatRequest) -> None:
         self.answer = Assembler()
         self.done = False
         self._upstream = upstream

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import httpx
@@ -14,34 +13,43 @@ from actors.adapters.upstream import Upstream
 from actors.config import WorkerSpec
 from actors.messages import ChatReply, ChatRequest, Chunk
 
+Body = Callable[[WorkerSpec, ChatRequest], tuple[dict[str, Any], list[str]]]
+"""A request's body, plain, and the names of fields that were dropped."""
 
-class RemoteAdapter(ABC):
-    """See `actors.adapters.base.Adapter`. `auth` as of `Upstream`."""
 
-    def __init__(self, spec: WorkerSpec, transport: httpx.AsyncBaseTransport, auth: Mapping[str, str]) -> None:
+class RemoteAdapter:
+    """See `actors.adapters.base.Adapter`. `auth` as of `Upstream`. A streamed call has the fields `streamed` on top of
+    its body, and goes to `stream_path` where that is another one."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        transport: httpx.AsyncBaseTransport,
+        auth: Mapping[str, str],
+        *,
+        path: str,
+        body: Body,
+        reader: Callable[[Upstream, ChatRequest], Reader],
+        streamed: Mapping[str, Any] | None = None,
+        stream_path: str | None = None,
+    ) -> None:
         self._upstream = Upstream(spec, transport, auth)
-
-    @abstractmethod
-    def _path(self, *, stream: bool) -> str: ...
-
-    @abstractmethod
-    def _body(self, request: ChatRequest, *, stream: bool) -> tuple[dict[str, Any], list[str]]:
-        """The request's body, and the names of fields that were dropped."""
-
-    @abstractmethod
-    def _reader(self, request: ChatRequest) -> Reader: ...
+        self._path, self._stream_path = path, stream_path or path
+        self._body, self._reader = body, reader
+        self._streamed = streamed or {}
 
     async def complete(self, request: ChatRequest, context: CallContext) -> ChatReply:
-        body, dropped = self._body(request, stream=False)
-        reply = await self._upstream.post(self._path(stream=False), body, context)
-        reader = self._reader(request)
+        body, dropped = self._body(self._upstream.spec, request)
+        reply = await self._upstream.post(self._path, body, context)
+        reader = self._reader(self._upstream, request)
         with self._upstream.parsing():
             reader.take_whole(reply)
         return reader.answer.reply(self._upstream.spec.name, dropped)
 
     def stream(self, request: ChatRequest, context: CallContext) -> AsyncIterator[Chunk]:
-        body, dropped = self._body(request, stream=True)
-        return stream_answer(self._upstream, self._path(stream=True), body, context, self._reader(request), dropped)
+        body, dropped = self._body(self._upstream.spec, request)
+        reader = self._reader(self._upstream, request)
+        return stream_answer(self._upstream, self._stream_path, {**body, **self._streamed}, context, reader, dropped)
 
     async def close(self) -> None:
         await self._upstream.transport.aclose()

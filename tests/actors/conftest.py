@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from actors.adapters.base import Adapter
+from tests.actors.dialects import adapter_for
 from tests.loopback import Behaviour, LoopbackProvider
 
 
@@ -21,3 +23,11 @@ def provider(shared: LoopbackProvider) -> LoopbackProvider:
     shared.clear()
     shared.default = Behaviour()
     return shared
+
+
+@pytest.fixture
+async def adapter(provider: LoopbackProvider, request: pytest.FixtureRequest) -> AsyncIterator[Adapter]:
+    """Of the dialect that the module is about (its `DIALECT`)."""
+    made = adapter_for(provider, request.module.DIALECT)
+    yield made
+    await made.close()

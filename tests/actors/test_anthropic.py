@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -22,15 +21,10 @@ from actors.messages import (
     ToolSpec,
     Usage,
 )
-from tests.actors.dialects import KEY, PIXEL, RICH, SCHEMA, SIMPLE, adapter_for, drain
+from tests.actors.dialects import KEY, PIXEL, RICH, SCHEMA, SIMPLE, drain
 from tests.loopback import Behaviour, LoopbackProvider
 
-
-@pytest.fixture
-async def adapter(provider: LoopbackProvider) -> AsyncIterator[Adapter]:
-    made = adapter_for(provider, "anthropic")
-    yield made
-    await made.close()
+DIALECT = "anthropic"
 
 
 def spec(model: str = "claude-sonnet-4-6", **changes: Any) -> WorkerSpec:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -15,12 +14,7 @@ from actors.messages import ChatRequest, ImagePart, Message, ResponseFormat, Tex
 from tests.actors.dialects import KEY, PIXEL, RICH, SCHEMA, SIMPLE, adapter_for, drain
 from tests.loopback import Behaviour, LoopbackProvider
 
-
-@pytest.fixture
-async def adapter(provider: LoopbackProvider) -> AsyncIterator[Adapter]:
-    made = adapter_for(provider, "gemini")
-    yield made
-    await made.close()
+DIALECT = "gemini"
 
 
 def spec(model: str = "gemini-3-flash", **changes: Any) -> WorkerSpec:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
@@ -24,15 +23,10 @@ from actors.messages import (
     ToolSpec,
     Usage,
 )
-from tests.actors.dialects import KEY, PIXEL, RICH, SCHEMA, SIMPLE, adapter_for, drain
+from tests.actors.dialects import KEY, PIXEL, RICH, SCHEMA, SIMPLE, drain
 from tests.loopback import Behaviour, LoopbackProvider
 
-
-@pytest.fixture
-async def adapter(provider: LoopbackProvider) -> AsyncIterator[Adapter]:
-    made = adapter_for(provider, "openai")
-    yield made
-    await made.close()
+DIALECT = "openai"
 
 
 def spec(**changes: Any) -> WorkerSpec:

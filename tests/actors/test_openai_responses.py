@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
@@ -35,16 +34,11 @@ from actors.messages import (
     ToolSpec,
     Usage,
 )
-from tests.actors.dialects import KEY, PIXEL, RICH, SCHEMA, SIMPLE, adapter_for, drain
+from tests.actors.dialects import KEY, PIXEL, RICH, SCHEMA, SIMPLE, drain
 from tests.loopback import Behaviour, LoopbackProvider
 from tests.loopback_dialects import SIGNATURE, frame
 
-
-@pytest.fixture
-async def adapter(provider: LoopbackProvider) -> AsyncIterator[Adapter]:
-    made = adapter_for(provider, "responses")
-    yield made
-    await made.close()
+DIALECT = "responses"
 
 
 def spec(**changes: Any) -> WorkerSpec:
