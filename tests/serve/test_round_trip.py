@@ -269,7 +269,7 @@ def test_messages_streams_and_replies(stream: tuple[ChatReply, list[Chunk]]) -> 
 
     told = tuple(replace(each, signature=f"{TAG}.{each.signature}", origin="") for each in reply.thoughts)
     for plain in (False, True):
-        reader = anthropic._Reader(cast(Upstream, _Upstream()))
+        reader = anthropic._Reader(cast(Upstream, _Upstream()), ChatRequest(()))
         if plain:
             reader.take_whole(orjson.loads(exchange().whole(Done(reply, reply.usage, reply.usage, None))))
         else:

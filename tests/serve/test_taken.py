@@ -21,7 +21,7 @@ from tests.serve.test_keys import body, made
 ASKED = ChatRequest((Message("user", "hello"),), max_tokens=50)
 READ = estimate_tokens(ASKED).input
 RIGHT = Behaviour(text="yes", usage=Usage(10, 5))
-SILENT = 0.2
+SILENT = 0.5
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 SHAPED = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA}}
 
