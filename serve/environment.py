@@ -40,10 +40,11 @@ exec '{binary}' "$@"
 # Ray's HAProxy template opens its statistics and metrics on every interface. And it keeps connections to replicas:
 # when one dies that had answered on its connection before, HAProxy closes the client's without a word, too. A request
 # can be asked of another replica if it was in HAProxy's buffer as a whole when it was passed on, which HAProxy does not
-# wait for by itself.
+# wait for by itself. Before the first deployment it has no route, and says that the path does not exist.
 _MEND = r"""s/^\( *\)bind :/\1bind 127.0.0.1:/
 s/^\( *\)bind \*:{stats}$/\1bind 127.0.0.1:{stats}/
 s/^\( *\)http-reuse always$/\1option http-server-close/
+s|return status 404 .* lf-string .*|return status 503 errorfile {none}|
 /^ *acl routes path /a\
     errorfile 408 {slow}\
     http-request wait-for-body time {seconds:g}s if METH_POST {{ req.hdr_val(content-length) le {whole} }}\
@@ -55,8 +56,10 @@ _BUFFER = 65_536
 # What a buffer has room for beside the request's head.
 _WHOLE = 60_000
 
-_GONE = '{"error":{"message":"the server could not answer; try again","type":"server_error",'
-_GONE += '"param":null,"code":"gateway_unavailable"}}'
+_GONE, _NONE = (
+    f'{{"error":{{"message":"{why}; try again","type":"server_error","param":null,"code":"gateway_unavailable"}}}}'
+    for why in ("the server could not answer", "no server is deployed here yet")
+)
 
 
 def prepare(config: ServeConfig, folder: Path) -> bool:
@@ -97,11 +100,13 @@ def settings(config: ServeConfig, folder: Path, ports: Sequence[int]) -> dict[st
     if binary is None:
         return made | {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0"}
     stats, metrics, fallback, grpc = ports
-    wrapper, mend, error, slow = (folder / name for name in ("haproxy", "mend.sed", "error.http", "slow.http"))
+    wrapper, mend = folder / "haproxy", folder / "mend.sed"
+    error, none, slow = (folder / name for name in ("error.http", "none.http", "slow.http"))
     late = RequestTimeoutError(f"the body did not arrive within {READ_SECONDS:g} s")
-    _replace(error, _answer("503 Service Unavailable", _GONE, "Retry-After: 1"), 0o644)
+    for file, body in ((error, _GONE), (none, _NONE)):
+        _replace(file, _answer("503 Service Unavailable", body, "Retry-After: 1"), 0o644)
     _replace(slow, _answer("408 Request Timeout", json.dumps(late.envelope())), 0o644)
-    _replace(mend, _MEND.format(stats=stats, slow=slow, seconds=READ_SECONDS, whole=_WHOLE), 0o644)
+    _replace(mend, _MEND.format(stats=stats, none=none, slow=slow, seconds=READ_SECONDS, whole=_WHOLE), 0o644)
     _replace(wrapper, _WRAPPER.format(mend=mend, error=error, binary=binary), 0o755)
     # The gateway bounds every request and sends keep-alives; the proxy must not be the first to give up.
     longest = str(int(config.request_timeout) + 60)

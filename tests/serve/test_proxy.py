@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,7 +18,14 @@ from serve.environment import free_ports, haproxy_binary, settings
 pytestmark = pytest.mark.skipif(haproxy_binary() is None, reason="there is no HAProxy")
 
 # The lines of Ray's template that matter here; `test_the_mended_lines_are_rays` holds them against it.
-LINES = ("    acl routes path -i /-/routes", "    http-reuse always", "    option redispatch 1")
+LINES = (
+    "    acl routes path -i /-/routes",
+    "    http-reuse always",
+    "    option redispatch 1",
+    "backend default_backend",
+    "    http-request return status 404 content-type text/plain lf-string \"Path '%[path]' not found. "
+    'Ping http://.../-/routes for available routes."',
+)
 CONFIG = """global
     tune.bufsize {bufsize}
 defaults
@@ -32,7 +40,10 @@ defaults
 frontend http_frontend
     bind 127.0.0.1:{port}
     acl routes path -i /-/routes
-    default_backend gateways
+    use_backend gateways unless {{ path /none }}
+    default_backend default_backend
+backend default_backend
+{not_found}
 backend gateways
     http-reuse always
     server one 127.0.0.1:{one}
@@ -127,6 +138,7 @@ async def proxied(folder: Path) -> AsyncIterator[tuple[int, Gateway, Gateway]]:
             bufsize=made["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"],
             retry_on=made["RAY_SERVE_HAPROXY_RETRY_ON"],
             folder=folder,
+            not_found=LINES[-1],
             port=port,
             one=one,
             other=other,
@@ -215,10 +227,21 @@ async def test_a_body_that_does_not_come_is_told_as_a_gateway_tells_it(
         assert one.waiting + other.waiting == 0
 
 
+async def test_before_anything_is_deployed_a_caller_is_asked_to_come_again(tmp_path: Path) -> None:
+    async with proxied(tmp_path) as (port, one, other):
+        caller = await Caller.connect(port)
+        await caller.send("/none", b"x")
+        status, body = await caller.answer()
+        error = json.loads(body)["error"]
+        assert (status, error["code"]) == (503, "gateway_unavailable")
+        assert error["message"] == "no server is deployed here yet; try again"
+        assert one.waiting + other.waiting == 0
+
+
 def test_the_mended_lines_are_rays() -> None:
     from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 
     theirs = HAPROXY_CONFIG_TEMPLATE.splitlines()
     for line in LINES:
         assert line in theirs
-        assert line in CONFIG.splitlines()
+        assert line in CONFIG.format_map(defaultdict(str, not_found=LINES[-1])).splitlines()
