@@ -27,7 +27,7 @@ def local_copy(address: str, base: Path = Path()) -> Path:
     from pyarrow import ArrowException, fs
 
     try:
-        system, path = _system(address)
+        system, path = filesystem(address)
         info = system.get_file_info(path)
         if info.type != fs.FileType.File:
             raise ConfigError(f"there is no file {address}")
@@ -80,7 +80,7 @@ def written(address: str) -> Iterator[Path]:
     from pyarrow import ArrowException
 
     try:
-        system, path = _system(address)
+        system, path = filesystem(address)
         # On an object store this asks for the bucket, and that one may write to it.
         system.create_dir(path.rpartition("/")[0], recursive=True)
     except (ArrowException, OSError) as error:
@@ -95,7 +95,7 @@ def written(address: str) -> Iterator[Path]:
         raise ConfigError(f"cannot write to {address}: {type(error).__name__}; the file is {here}") from None
 
 
-def _system(address: str) -> tuple[Any, str]:
+def filesystem(address: str) -> tuple[Any, str]:
     from pyarrow import fs
 
     found: tuple[Any, str] = fs.FileSystem.from_uri(address)

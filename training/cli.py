@@ -13,6 +13,7 @@ import typer
 
 from actors.console import explained
 from actors.errors import DataError
+from actors.mirror import kept_at
 from training.cli_conductor import conductor_commands, ultra_commands
 from training.cli_measure import measure
 from training.cli_options import EMBEDDED, Address, BudgetUsd, Json, MaxTokens, Quiet, Temperature, Workers
@@ -29,7 +30,14 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 )
 def label(
     out: Annotated[
-        Path, typer.Option("--out", "--outcomes", "-o", help="The outcomes folder to write.", metavar="DIR")
+        str,
+        typer.Option(
+            "--out",
+            "--outcomes",
+            "-o",
+            help="The outcomes folder to write; a path or s3://, gs://, where it is also kept meanwhile.",
+            metavar="DIR",
+        ),
     ],
     config: Annotated[
         Path, typer.Option("--config", "-c", help="The pool.", show_default="configs/embedded.yaml")
@@ -67,17 +75,17 @@ def label(
     quiet: Quiet = False,
 ) -> None:
     """Let every worker try every task, and record how well each did. Stopped at any moment, it goes on where it was."""
-    with explained():
+    with explained(), kept_at(out) as folder:
         check_json(json)
         from training import label as room
         from training.tasks import Columns, TaskSource
 
-        if resume and not (out / room.JOURNAL).exists():
+        if resume and not (folder / room.JOURNAL).exists():
             raise DataError(f"{out} holds no labelling that could be resumed")
         source = TaskSource(count, task_seed, difficulty, Columns(grader, names=pairs(columns, "--columns")))
         settings = room.LabelRun(
             config,
-            out,
+            folder,
             tuple(tasks or ()),
             source,
             names(workers),

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from actors.console import explained
-from training.cli_options import EMBEDDED, Address, Device, Json, Quiet
+from actors.mirror import kept_at
+from training.cli_options import EMBEDDED, Address, Device, Folder, Json, Quiet
 from training.commands import check_json, tell
 
 conductor_commands = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 ultra_commands = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 
 Precision = Literal["auto", "float32", "bfloat16"]
-Out = Annotated[Path, typer.Option("--out", "-o", help="The folder of the adapter to write.", metavar="DIR")]
 Model = Annotated[str, typer.Option(help="What learns to conduct: a name, folder or hub id.")]
 State = Annotated[
-    Path | None, typer.Option(help="The folder of the state to resume from.", show_default="runs/conductor/…")
+    str | None,
+    typer.Option(
+        help="The folder of the state to resume from; a path or s3://, gs://.",
+        show_default="runs/conductor/…; OUT.state where --out is an address",
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the last checkpoint.")]
 Single = Annotated[float, typer.Option(min=0, max=1, help="Share of tasks for one specialist; the rest need several.")]
+
+
+@contextmanager
+def _placed(out: str | None, state: str | None) -> Iterator[tuple[Path | None, Path | None]]:
+    """The folders of adapter and state to work in; of an adapter that goes elsewhere the state goes there, too."""
+    if state is None and out is not None and "://" in out:
+        state = f"{out.rstrip('/')}.state"
+    with (
+        nullcontext() if out is None else kept_at(out) as folder,
+        nullcontext() if state is None else kept_at(state) as kept,
+    ):
+        yield folder, kept
 
 
 @conductor_commands.command(
@@ -29,7 +47,7 @@ Single = Annotated[float, typer.Option(min=0, max=1, help="Share of tasks for on
     "[bold]fugu train conductor --warm-start --out adapters/conductor-warm --resume[/]"
 )
 def conductor(
-    out: Out,
+    out: Folder,
     warm_start: Annotated[
         bool, typer.Option("--warm-start", help="Learn to write well-formed plans, before reinforcement.")
     ] = False,
@@ -58,7 +76,7 @@ def conductor(
 ) -> None:
     """Warm a conductor up: it learns to write plans that parse, for whatever workers; who is good at what is left to
     `fugu train grpo`."""
-    with explained():
+    with explained(), _placed(out, state) as (folder, kept):
         check_json(json)
         from actors.errors import ConfigError
         from training import conductor_sft as room
@@ -67,12 +85,13 @@ def conductor(
 
         if not warm_start:
             raise ConfigError("give --warm-start for the first stage; the second is `fugu train grpo`")
+        assert folder is not None
         settings = room.WarmStart(
-            out,
+            folder,
             LoraSettings(steps, batch, rank, 2 * rank, targets=room.TARGETS, learning_rate=learning_rate, seed=seed),
             PlanSettings(single=single, whole=whole, again=again, seed=seed),
             model=model,
-            state=state,
+            state=kept,
             checkpoint_every=checkpoint_every,
             validate_every=validate_every,
             checks=checks,
@@ -90,7 +109,9 @@ def conductor(
     "[bold]fugu train grpo … --resume[/]"
 )
 def grpo(
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The adapter to write.", metavar="DIR")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", help="The adapter to write; a path or s3://, gs://.", metavar="DIR")
+    ] = None,
     settings: Annotated[
         Path | None, typer.Option(help="A YAML file with all of the run's settings.", metavar="FILE")
     ] = None,
@@ -138,7 +159,7 @@ def grpo(
 ) -> None:
     """Train a conductor by reinforcement (GRPO): workflows it writes are run on the pool, and right answers rewarded.
     Options stand over what a settings file says."""
-    with explained():
+    with explained(), _placed(out, state) as (folder, kept):
         check_json(json)
         from training import grpo_file
         from training import grpo_placed as room
@@ -157,7 +178,7 @@ def grpo(
             "recursion": {"share": 0.5} if rounds == 2 else {},
         }
         given: dict[str, Any] = {
-            "out": out,
+            "out": folder,
             "config": config,
             "start": start,
             "model": model,
@@ -167,7 +188,7 @@ def grpo(
             "validate_every": validate_every,
             "validation": validation,
             "checkpoint_every": checkpoint_every,
-            "state": state,
+            "state": kept,
             "address": address,
         }
         plain = {"device": device, "precision": precision, "resume": resume, "progress": not quiet}

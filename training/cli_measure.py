@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,8 +12,10 @@ import typer
 
 from actors.console import err_console, explained
 from actors.errors import ConfigError
-from training.cli_options import Address, Device, Json, Outcomes, Quiet, Workers
-from training.commands import check_json, names, pairs, tell
+from actors.mirror import kept_at
+from actors.storage import local_folder
+from training.cli_options import RECORDED, Address, Device, Json, Quiet, Recorded, Workers, fetched
+from training.commands import check_json, made, names, pairs, tell
 
 LIVE = "Live: a pool (--config) or an endpoint (--url)"
 # So many of the answers without a score are told.
@@ -31,10 +34,16 @@ measure = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 )
 def evaluate(
     outcomes: Annotated[
-        Path, typer.Option("--outcomes", help="The folder of recorded outcomes; live: kept answers.", metavar="DIR")
+        str,
+        typer.Option(
+            help="The folder of recorded outcomes; live: kept answers. A path or s3://, gs://.", metavar="DIR"
+        ),
     ],
     checkpoint: Annotated[
-        list[Path] | None, typer.Option(help="A router to measure (may be given again).", metavar="FILE")
+        list[Path] | None,
+        typer.Option(
+            help="A router to measure (may be given again); a path or s3://, gs://.", metavar="FILE", parser=fetched
+        ),
     ] = None,
     workers: Workers = "",
     split: Annotated[str, typer.Option(help="The tasks to measure on.")] = "test",
@@ -108,14 +117,15 @@ def evaluate(
 ) -> None:
     """Measure routers against every worker and every simpler way of choosing: on recorded outcomes (no server,
     configuration or Ray needed), or live with --config or --url."""
-    with explained():
+    is_live = config is not None or url is not None
+    with explained(), kept_at(outcomes) if is_live else nullcontext(local_folder(outcomes, RECORDED)) as folder:
         check_json(json)
-        if config is not None or url is not None:
+        if is_live:
             from training import evaluate_live
             from training.tasks import Columns, TaskSource
 
             live = evaluate_live.LiveRun(
-                outcomes,
+                folder,
                 config,
                 tuple(checkpoint or ()),
                 url,
@@ -156,7 +166,7 @@ def evaluate(
         from training import evaluate as room
 
         settings = room.EvalRun(
-            outcomes,
+            folder,
             tuple(checkpoint or ()),
             names(workers),
             split,
@@ -195,9 +205,15 @@ def gate(passed: bool, asked: float | None, gains: Mapping[str, float], stopped:
     "[bold]fugu tune … --resume[/]"
 )
 def tune(
-    outcomes: Outcomes,
+    outcomes: Recorded,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="The checkpoint of the best settings, trained on all.", metavar="FILE")
+        str,
+        typer.Option(
+            "--out",
+            "-o",
+            help="The checkpoint of the best settings, trained on all; a path or s3://, gs://.",
+            metavar="FILE",
+        ),
     ],
     method: Annotated[
         Literal["sft", "evolve", "sft+evolve"], typer.Option(help="What is tuned; the last evolves what sft found.")
@@ -243,13 +259,13 @@ def tune(
     quiet: Quiet = False,
 ) -> None:
     """Find settings of SFT or evolution on recorded outcomes (Ray Tune with ASHA), and train with the best."""
-    with explained():
+    with explained(), made(out, "tune") as file:
         check_json(json)
         from training import tune as room
 
         settings = room.TuneRun(
             outcomes,
-            out,
+            file,
             method,
             tuple(over or ()),
             names(workers),

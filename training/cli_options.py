@@ -16,10 +16,13 @@ EMBEDDED = Path(__file__).resolve().parents[1] / "configs" / "embedded.yaml"
 Device = Literal["auto", "cpu", "cuda"]
 PromptFormat = Literal["chat", "raw"]
 
+# The files of an outcomes folder that are read.
+RECORDED = ("tasks.parquet", "outcomes.parquet")
+
 
 def recorded(given: str) -> Path:
     """A folder of outcomes: a path, or an address such as s3://, whose files are fetched."""
-    return _fetched(lambda: local_folder(given, ("tasks.parquet", "outcomes.parquet")))
+    return _fetched(lambda: local_folder(given, RECORDED))
 
 
 def fetched(given: str) -> Path:
@@ -44,7 +47,9 @@ Recorded = Annotated[
 Out = Annotated[
     str, typer.Option("--out", "-o", help="The checkpoint to write; a path or s3://, gs://.", metavar="FILE")
 ]
-Outcomes = Annotated[Path, typer.Option("--outcomes", help="The folder of recorded outcomes.", metavar="DIR")]
+Folder = Annotated[
+    str, typer.Option("--out", "-o", help="The folder of the adapter to write; a path or s3://, gs://.", metavar="DIR")
+]
 Workers = Annotated[str, typer.Option("--workers", help="Only these, in this order (commas between).", metavar="A,B,C")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the report as JSON, too.", metavar="FILE")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]

@@ -9,6 +9,7 @@ import typer
 
 from actors.console import explained, out_console
 from actors.errors import ConfigError
+from actors.mirror import kept_at
 from actors.storage import written
 from training.cli_options import (
     Address,
@@ -17,7 +18,6 @@ from training.cli_options import (
     Json,
     MaxTokens,
     Out,
-    Outcomes,
     PromptFormat,
     Quiet,
     Reads,
@@ -27,7 +27,7 @@ from training.cli_options import (
     fetched,
     recorded,
 )
-from training.commands import check_json, names, reads, tell
+from training.commands import check_json, made, names, reads, tell
 
 train = typer.Typer(help="Train a router.", no_args_is_help=True, rich_markup_mode="rich")
 
@@ -211,7 +211,7 @@ def evolve(
     quiet: Quiet = False,
 ) -> None:
     """Evolve a head by sep-CMA-ES, with the end of a task as the only signal."""
-    with explained(), written(out) as file:
+    with explained(), made(out, "evolve") as file:
         check_json(json)
         from training import evolve as room
         from training.evolution import Settings
@@ -268,9 +268,18 @@ def evolve(
 )
 def add_worker(
     worker: Annotated[str, typer.Argument(help="The newcomer, as the outcomes call it.")],
-    outcomes: Outcomes,
-    checkpoint: Annotated[Path, typer.Option(help="The head without it.", metavar="FILE")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The checkpoint to write.", metavar="FILE")],
+    outcomes: Annotated[
+        str,
+        typer.Option(
+            help="The folder of recorded outcomes, with --config of the newcomer's, too; a path or s3://, gs://.",
+            metavar="DIR",
+        ),
+    ],
+    checkpoint: Annotated[
+        Path,
+        typer.Option(help="The head without it; a path or s3://, gs://.", metavar="FILE", parser=fetched),
+    ],
+    out: Out,
     split: Annotated[str, typer.Option(help="The tasks to learn from.")] = "train",
     val_split: Annotated[str, typer.Option(help="The tasks to measure on.")] = "val",
     tasks: Annotated[
@@ -306,7 +315,7 @@ def add_worker(
 ) -> None:
     """Add a worker to a trained head by fitting its row only, then polishing all rows for a moment. With --config it is
     labelled first, on as many tasks as are needed and no more."""
-    with explained():
+    with explained(), written(out) as file, kept_at(outcomes) as folder:
         check_json(json)
         from training import add_worker as room
 
@@ -317,7 +326,7 @@ def add_worker(
                 newcomer.NewcomerRun(
                     worker,
                     config,
-                    outcomes,
+                    folder,
                     checkpoint,
                     split,
                     val_split,
@@ -344,9 +353,9 @@ def add_worker(
 
         settings = room.AddWorkerRun(
             worker,
-            outcomes,
+            folder,
             checkpoint,
-            out,
+            file,
             split,
             val_split,
             tasks,

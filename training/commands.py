@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,11 +12,26 @@ import orjson
 
 from actors.console import out_console
 from actors.errors import ConfigError
+from actors.mirror import kept_at
+from actors.storage import written
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from orchestrator.head import Read
+
+
+@contextmanager
+def made(out: str, kind: str) -> Iterator[Path]:
+    """Where to write the checkpoint that is to be at `out`; what its run goes on from is beside it, in a folder that
+    ends in `kind`, and goes to the same place."""
+    with written(out) as file, kept_at(_run_of(out, kind), Path(_run_of(str(file), kind))):
+        yield file
+
+
+def _run_of(out: str, kind: str) -> str:
+    folder, slash, name = out.rpartition("/")
+    return f"{folder}{slash}{Path(name).stem}.{kind}"
 
 
 class Report(Protocol):

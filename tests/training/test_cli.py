@@ -18,7 +18,18 @@ from actors.errors import FuguError
 from orchestrator.head import Checkpoint, CheckpointInfo, load_checkpoint, save_checkpoint
 from tests.orchestrator.tiny import tiny_folder
 from tests.training.problems import WORKERS, world
-from training import add_worker, evaluate, evaluate_live, evolve, label, newcomer, train_sft, tune
+from training import (
+    add_worker,
+    conductor_sft,
+    evaluate,
+    evaluate_live,
+    evolve,
+    grpo_placed,
+    label,
+    newcomer,
+    train_sft,
+    tune,
+)
 from training.commands import reads
 from training.outcomes import Outcomes, read_outcomes, write_outcomes
 
@@ -53,7 +64,7 @@ def told(*arguments: object) -> tuple[int, str]:
 
 
 @pytest.mark.timeout(300)
-def test_from_outcomes_to_a_gate(place: Path, tmp_path: Path) -> None:
+def test_from_outcomes_to_a_gate(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outcomes = ("--outcomes", place / "outcomes")
     tiny = ("--backbone", place / "tiny", "--read-tokens", 128, "--quiet")
     sft = run(
@@ -66,17 +77,18 @@ def test_from_outcomes_to_a_gate(place: Path, tmp_path: Path) -> None:
     assert head.info.workers == ("maps", "sums", "words")
     assert json.loads((tmp_path / "made" / "sft.json").read_text())["settings"]["tau"] == 0.25
 
-    # By addresses, as on a cluster whose machines share a bucket; what a run keeps for --resume stays on its machine.
+    # By addresses, as on a cluster whose machines share a bucket: another machine goes on.
     at = f"file://{tmp_path}"
     grow = (
         *("train", "evolve", "--outcomes", f"file://{place}/outcomes", "--checkpoint", f"{at}/sft.safetensors"),
         *("--population", 6, "--out", f"{at}/evolved.safetensors", "--json", tmp_path / "evolved.json", *tiny),
     )
-    for more, generations in (((), 3), (("--resume",), 4)):
+    for machine, more, generations in (("one", (), 3), ("two", ("--resume",), 4)):
+        monkeypatch.setenv("FUGU_CACHE", str(tmp_path / machine))
         code, output = told(*grow, "--generations", generations, *more)
         assert code == 0, output
         assert json.loads((tmp_path / "evolved.json").read_text())["generations"] == generations
-    assert not (tmp_path / "evolved.evolve").exists()
+    assert (tmp_path / "evolved.evolve" / "state.pkl").exists()
     code, output = told("train", "sft", "--outcomes", f"{at}/none", "--out", tmp_path / "none.safetensors")
     assert code == 2
     assert f"there is no file {at}/none/tasks.parquet" in output
@@ -116,7 +128,7 @@ def test_sft_and_eval_with_the_embedded_backbone(place: Path, tmp_path: Path, mo
 
 
 @pytest.mark.timeout(300)
-def test_label_makes_what_sft_reads(place: Path, tmp_path: Path) -> None:
+def test_label_makes_what_sft_reads(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replayed workers, so that the answers are known; through a Ray of the command's own."""
     found = read_outcomes(place / "outcomes")
     tasks = tuple(replace(task, reference="yes", grader="exact") for task in found.tasks[:6])
@@ -136,7 +148,8 @@ def test_label_makes_what_sft_reads(place: Path, tmp_path: Path) -> None:
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "tasks.parquet").write_bytes((tmp_path / "recorded" / "tasks.parquet").read_bytes())
     out = tmp_path / "labelled"
-    command = ("label", "-c", tmp_path / "pool.yaml", "--out", out, "--tasks", tmp_path / "tasks", "--quiet")
+    at = f"file://{out}"  # by an address, as on a cluster whose machines share a bucket
+    command = ("label", "-c", tmp_path / "pool.yaml", "--out", at, "--tasks", tmp_path / "tasks", "--quiet")
     first = run(*command, "--json", tmp_path / "label.json")
     assert first.returncode == 0, first.stderr
     report = json.loads((tmp_path / "label.json").read_text())
@@ -144,10 +157,12 @@ def test_label_makes_what_sft_reads(place: Path, tmp_path: Path) -> None:
     assert {name: worker["mean"] for name, worker in report["workers"].items()} == {"sums": 1.0, "words": 0.0}
     labelled = read_outcomes(out)
     assert {(row.worker, row.score) for row in labelled.outcomes} == {("sums", 1.0), ("words", 0.0)}
-    # Nothing is left to ask, so no Ray is started.
-    code, output = told("label", "-c", tmp_path / "pool.yaml", "--out", out, "--resume", "--quiet")
-    assert code == 0, output
-    assert "sums" in output
+    # Nothing is left to ask, on another machine either, so no Ray is started.
+    for machine, where in (("one", out), ("two", at)):
+        monkeypatch.setenv("FUGU_CACHE", str(tmp_path / machine))
+        code, output = told("label", "-c", tmp_path / "pool.yaml", "--out", where, "--resume", "--quiet")
+        assert code == 0, output
+        assert "sums" in output
 
 
 class SeenError(FuguError):
@@ -187,6 +202,28 @@ def test_options_that_are_not_given_are_the_functions_own(
     monkeypatch.setattr(room, "run", seen)
     assert told(*arguments) == (2, "error: seen\n")
     assert settings == [plain]
+
+
+@pytest.mark.parametrize(
+    ("room", "arguments"),
+    [(conductor_sft, ("conductor", "--warm-start")), (grpo_placed, ("grpo",))],
+    ids=["conductor", "grpo"],
+)
+def test_a_conductor_and_its_state_go_to_an_address(
+    room: Any, arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def runs(settings: Any) -> None:
+        for folder, content in ((settings.out, "adapter"), (settings.folder, "state")):
+            assert folder.is_dir()
+            (folder / content).write_text(content)
+        raise SeenError("as if it was lost")
+
+    monkeypatch.setattr(room, "run", runs)
+    at = f"file://{tmp_path}/bucket/made"
+    for given in ((), ("--state", f"file://{tmp_path}/bucket/other")):
+        assert told("train", *arguments, "--out", at, *given) == (2, "error: as if it was lost\n")
+    files = {path.relative_to(tmp_path).as_posix() for path in (tmp_path / "bucket").rglob("*") if path.is_file()}
+    assert files == {"bucket/made/adapter", "bucket/made.state/state", "bucket/other/state"}
 
 
 def headed(folder: Path, workers: tuple[str, ...]) -> Path:
