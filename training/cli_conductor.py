@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from actors.console import explained
-from actors.mirror import kept_at
 from training.cli_options import EMBEDDED, Address, Device, Folder, Json, Quiet
-from training.commands import check_json, tell
+from training.commands import adapter_at, check_json, tell
 
 conductor_commands = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 ultra_commands = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
@@ -28,18 +25,6 @@ State = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the last checkpoint.")]
 Single = Annotated[float, typer.Option(min=0, max=1, help="Share of tasks for one specialist; the rest need several.")]
-
-
-@contextmanager
-def _placed(out: str | None, state: str | None) -> Iterator[tuple[Path | None, Path | None]]:
-    """The folders of adapter and state to work in; of an adapter that goes elsewhere the state goes there, too."""
-    if state is None and out is not None and "://" in out:
-        state = f"{out.rstrip('/')}.state"
-    with (
-        nullcontext() if out is None else kept_at(out) as folder,
-        nullcontext() if state is None else kept_at(state) as kept,
-    ):
-        yield folder, kept
 
 
 @conductor_commands.command(
@@ -76,7 +61,7 @@ def conductor(
 ) -> None:
     """Warm a conductor up: it learns to write plans that parse, for whatever workers; who is good at what is left to
     `fugu train grpo`."""
-    with explained(), _placed(out, state) as (folder, kept):
+    with explained(), adapter_at(out, state) as (folder, kept):
         check_json(json)
         from actors.errors import ConfigError
         from training import conductor_sft as room
@@ -159,7 +144,7 @@ def grpo(
 ) -> None:
     """Train a conductor by reinforcement (GRPO): workflows it writes are run on the pool, and right answers rewarded.
     Options stand over what a settings file says."""
-    with explained(), _placed(out, state) as (folder, kept):
+    with explained():
         check_json(json)
         from training import grpo_file
         from training import grpo_placed as room
@@ -178,7 +163,7 @@ def grpo(
             "recursion": {"share": 0.5} if rounds == 2 else {},
         }
         given: dict[str, Any] = {
-            "out": folder,
+            "out": out and Path(out),
             "config": config,
             "start": start,
             "model": model,
@@ -188,7 +173,7 @@ def grpo(
             "validate_every": validate_every,
             "validation": validation,
             "checkpoint_every": checkpoint_every,
-            "state": kept,
+            "state": state and Path(state),
             "address": address,
         }
         plain = {"device": device, "precision": precision, "resume": resume, "progress": not quiet}
@@ -199,7 +184,7 @@ def grpo(
             defaults={"config": EMBEDDED, "grpo": {"steps": 60}, "rollouts": {"steps": "bare"}},
             full=full,
         )
-        tell(grpo_file.dry_run(run) if dry_run else room.run(run), json)
+        tell(grpo_file.dry_run(run) if dry_run else room.run(run, out=out, state=state), json)
 
 
 @ultra_commands.command(

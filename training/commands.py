@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,6 +32,19 @@ def made(out: str, kind: str) -> Iterator[Path]:
 def _run_of(out: str, kind: str) -> str:
     folder, slash, name = out.rpartition("/")
     return f"{folder}{slash}{Path(name).stem}.{kind}"
+
+
+@contextmanager
+def adapter_at(out: str | None, state: str | None) -> Iterator[tuple[Path | None, Path | None]]:
+    """The folders of adapter and state to work in; the state of an adapter that is to be at an address goes there,
+    too."""
+    if state is None and out is not None and "://" in out:
+        state = f"{out.rstrip('/')}.state"
+    with (
+        nullcontext() if out is None else kept_at(out) as folder,
+        nullcontext() if state is None else kept_at(state) as kept,
+    ):
+        yield folder, kept
 
 
 class Report(Protocol):

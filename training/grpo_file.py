@@ -93,6 +93,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return _value(next(one for one in get_args(hint) if one is not type(None)), value, where)
     if get_origin(hint) is tuple and isinstance(value, list | tuple):
         return tuple(value)
+    if hint is Path and "://" in str(value):
+        raise ConfigError(f"{where}: {value} is no path; give --out and --state on the command line for an address")
     if hint is Path and isinstance(value, str | Path):
         return Path(value)
     if hint is float and isinstance(value, int | float) and not isinstance(value, bool):

@@ -8,12 +8,14 @@ there as a whole or not at all, so that no engine waits for room that its own le
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from actors.config import FuguConfig
 from actors.config_file import load_config
 from actors.errors import ClusterError, ConfigError, FuguError
+from training.commands import adapter_at
 from training.grpo_train import GrpoReport, GrpoRun
 from training.grpo_train import run as run_here
 
@@ -21,9 +23,12 @@ RESERVE_SECONDS = 900.0
 """How long a cluster may take to make room, starting a node included."""
 
 
-def run(settings: GrpoRun, *, reserve: float = RESERVE_SECONDS) -> GrpoReport:
+def run(
+    settings: GrpoRun, *, out: str | None = None, state: str | None = None, reserve: float = RESERVE_SECONDS
+) -> GrpoReport:
     """`training.grpo_train.run`, on the nodes for training where the Ray at `settings.address` has such. There Ctrl-C
-    costs the steps since the last checkpoint, and paths of the run must mean the same on all nodes.
+    costs the steps since the last checkpoint, and paths of the run must mean the same on all nodes. `out` and `state`
+    stand over the settings' own and may be addresses such as s3://.
 
     Raises:
         ClusterError: no room for learner and engines within `reserve` seconds, or the learner was lost.
@@ -32,14 +37,14 @@ def run(settings: GrpoRun, *, reserve: float = RESERVE_SECONDS) -> GrpoReport:
     from training.label import connected
 
     if settings.address is None:
-        return run_here(settings)
+        return _run_at(settings, out, state)
     config = load_config(settings.config)
     with connected(settings.address, logs=True):
         # After Ray is there: what it is told on import depends on it.
         from actors.placement import resources
 
         where = resources(config.placement.train, config.placement)
-        return _there(settings, config, where, reserve) if where else run_here(settings)
+        return _there(settings, (out, state), config, where, reserve) if where else _run_at(settings, out, state)
 
 
 def bundles(settings: GrpoRun, config: FuguConfig, where: dict[str, float]) -> list[dict[str, float]]:
@@ -62,7 +67,12 @@ def _has_gpus(name: str) -> bool:
     return not named or any(each.get("GPU", 0) > 0 for each in named)
 
 
-def _there(settings: GrpoRun, config: FuguConfig, where: dict[str, float], reserve: float) -> GrpoReport:
+Places = tuple[str | None, str | None]
+
+
+def _there(
+    settings: GrpoRun, places: Places, config: FuguConfig, where: dict[str, float], reserve: float
+) -> GrpoReport:
     import ray
     from ray.exceptions import RayError, RayTaskError
 
@@ -73,7 +83,7 @@ def _there(settings: GrpoRun, config: FuguConfig, where: dict[str, float], reser
         task: Any = ray.remote(max_retries=0)(_run_there)
         options = {"num_cpus": 1, "num_gpus": asked[0].get("GPU", 0), **at(group, 0)}
         try:
-            report: GrpoReport = ray.get(task.options(**options).remote(settings, str(Path.cwd())))
+            report: GrpoReport = ray.get(task.options(**options).remote(settings, places, str(Path.cwd())))
         except RayTaskError as error:
             raise error.cause if isinstance(error.cause, FuguError) else error from None
         except RayError as error:
@@ -81,10 +91,15 @@ def _there(settings: GrpoRun, config: FuguConfig, where: dict[str, float], reser
     return report
 
 
-def _run_there(settings: GrpoRun, folder: str) -> GrpoReport:
+def _run_there(settings: GrpoRun, places: Places, folder: str) -> GrpoReport:
     """In a process of the learner's node: paths are relative to the folder that the command ran in."""
     try:
         os.chdir(folder)
     except OSError as error:
         raise ConfigError(f"the learner's node has no folder {folder}: {error.strerror}") from None
-    return run_here(settings)
+    return _run_at(settings, *places)
+
+
+def _run_at(settings: GrpoRun, out: str | None, state: str | None) -> GrpoReport:
+    with adapter_at(out, state) as (adapter, kept):
+        return run_here(replace(settings, out=adapter or settings.out, state=kept or settings.state))

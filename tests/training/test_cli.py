@@ -205,12 +205,12 @@ def test_options_that_are_not_given_are_the_functions_own(
 
 
 @pytest.mark.parametrize(
-    ("room", "arguments"),
-    [(conductor_sft, ("conductor", "--warm-start")), (grpo_placed, ("grpo",))],
+    ("room", "name", "arguments"),
+    [(conductor_sft, "run", ("conductor", "--warm-start")), (grpo_placed, "run_here", ("grpo",))],
     ids=["conductor", "grpo"],
 )
 def test_a_conductor_and_its_state_go_to_an_address(
-    room: Any, arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    room: Any, name: str, arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def runs(settings: Any) -> None:
         for folder, content in ((settings.out, "adapter"), (settings.folder, "state")):
@@ -218,7 +218,7 @@ def test_a_conductor_and_its_state_go_to_an_address(
             (folder / content).write_text(content)
         raise SeenError("as if it was lost")
 
-    monkeypatch.setattr(room, "run", runs)
+    monkeypatch.setattr(room, name, runs)
     at = f"file://{tmp_path}/bucket/made"
     for given in ((), ("--state", f"file://{tmp_path}/bucket/other")):
         assert told("train", *arguments, "--out", at, *given) == (2, "error: as if it was lost\n")

@@ -16,6 +16,7 @@ from tests.training.conductors import pool_file
 from training.grpo import GrpoSettings, LoraShape
 from training.grpo_placed import bundles, run
 from training.grpo_train import GrpoRun, VllmSettings
+from training.lora import STATE
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
@@ -94,9 +95,12 @@ def test_no_room_is_told_and_nothing_stays_reserved(ray_session: None) -> None:
 def test_a_run_learns_in_the_group(ray_session: None, tmp_path: Path) -> None:
     before = set(groups())
     run_ = settings(tmp_path)
-    report = run(run_, reserve=60)
+    # What the learner's node writes goes to the address from there.
+    report = run(run_, out=f"file://{tmp_path}/bucket/made", state=f"file://{tmp_path}/bucket/kept", reserve=60)
     assert report.steps == 2
-    assert (run_.out / "grpo.json").exists()
+    assert (tmp_path / "bucket" / "made" / "grpo.json").exists()
+    assert (tmp_path / "bucket" / "kept" / STATE).exists()
+    assert not run_.out.exists()
     (new,) = set(groups()) - before
     told = groups()[new]
     assert told["bundles"] == {0: {"CPU": 1.0, "bench": 0.001}}

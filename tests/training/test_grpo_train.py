@@ -306,6 +306,7 @@ def test_a_file_describes_a_run_and_options_stand_over_it(tmp_path: Path) -> Non
         ("{out: x, config: c, grpo: {steps: 3, group: 1}}", "a group at least 2"),
         ("{out: x, config: c, grpo: {}}", "steps is missing"),
         ("{out: x, config: c, grpo: {steps: 3}, rollouts: {steps: loud}}", "'loud' does not fit"),
+        ("{out: 's3://b/x', config: c, grpo: {steps: 3}}", "out: s3://b/x is no path; give --out"),
         ("{out: x, grpo: {steps: 3}}", "config is missing"),
     ],
 )
