@@ -69,21 +69,17 @@ def parse_config(raw: Any, base: Path, where: str, environ: Mapping[str, str] | 
     raw = copy.deepcopy(raw)
     disabled = _take_out_unset_keys(raw, environ)
     raw = _expand(raw, environ, where)
-    for worker in raw["workers"]:
+    for index, worker in enumerate(raw["workers"]):
         if isinstance(worker, dict):
-            _resolve_paths(worker, ("adapter", "outcomes"), base)
-    if isinstance(raw.get("router"), dict):
-        _resolve_paths(raw["router"], ("checkpoint",), base)
-        if isinstance(raw["router"].get("canary"), dict):
-            _resolve_paths(raw["router"]["canary"], ("checkpoint",), base)
-        raw["router"] |= named_pins(raw["router"])
-        if isinstance(pins := raw["router"].get("pins"), dict):
-            _resolve_paths(pins, tuple(pins), base)
-    if isinstance(raw.get("conductor"), dict):
-        _resolve_paths(raw["conductor"], ("adapter", "memory"), base)
-        raw["conductor"] |= named_pins(raw["conductor"])
-        if isinstance(pins := raw["conductor"].get("pins"), dict):
-            _resolve_paths(pins, tuple(pins), base)
+            _resolve_paths(worker, ("adapter", "outcomes"), base, f"{where}: workers.{index}")
+    for name, keys in (("router", ("checkpoint",)), ("conductor", ("adapter", "memory"))):
+        if isinstance(part := raw.get(name), dict):
+            _resolve_paths(part, keys, base, f"{where}: {name}")
+            part |= named_pins(part)
+            for within in ("canary", "pins"):
+                if isinstance(files := part.get(within), dict):
+                    paths = tuple(files) if within == "pins" else ("checkpoint",)
+                    _resolve_paths(files, paths, base, f"{where}: {name}.{within}")
     try:
         config = FuguConfig.model_validate({**raw, "disabled": disabled})
     except ValidationError as error:
@@ -131,9 +127,14 @@ def named_pins(part: Mapping[str, Any]) -> dict[str, Any]:
     return {name: {str(pin): value for pin, value in values.items()} for name, values in told.items()}
 
 
-def _resolve_paths(section: dict[str, Any], keys: tuple[str, ...], base: Path) -> None:
+def _resolve_paths(section: dict[str, Any], keys: tuple[str, ...], base: Path, where: str) -> None:
     for key in keys:
         if isinstance(section.get(key), str):
+            if "://" in section[key]:
+                raise ConfigError(
+                    f"{where}.{key}: {section[key]} is not a path. Mount it, or copy it to where all machines have it; a "
+                    "checkpoint alone can also be given to `fugu deploy --checkpoint` or `--canary`"
+                )
             section[key] = str((base / Path(section[key]).expanduser()).resolve())
 
 
