@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from actors.config import FuguConfig
 from actors.errors import ConfigError
+from actors.storage import local_copy
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
@@ -131,10 +132,14 @@ def _resolve_paths(section: dict[str, Any], keys: tuple[str, ...], base: Path, w
     for key in keys:
         if isinstance(section.get(key), str):
             if "://" in section[key]:
-                raise ConfigError(
-                    f"{where}.{key}: {section[key]} is not a path. Mount it, or copy it to where all machines have it; a "
-                    "checkpoint alone can also be given to `fugu deploy --checkpoint` or `--canary`"
-                )
+                if key != "checkpoint":
+                    raise ConfigError(
+                        f"{where}.{key}: {section[key]} is not a path; mount it, or copy it to where every node has it"
+                    )
+                try:
+                    section[key] = str(local_copy(section[key]))
+                except ConfigError as error:
+                    raise ConfigError(f"{where}.{key}: {error.message}") from None
             section[key] = str((base / Path(section[key]).expanduser()).resolve())
 
 

@@ -101,7 +101,7 @@ def test_a_missing_key_disables_its_worker_only(tmp_path: Path) -> None:
         ("workers:\n  - {name: a, provider: replay, model: m}", "outcomes"),
         ("workers:\n  - {name: 'a b', provider: openai, model: m}", "workers.0.name"),
         (f"workers:\n{WORKER}, api_key: '${{K}}'}}", "no worker is left.*K is not set"),
-        (f"workers:\n{WORKER}}}\nrouter: {{checkpoint: 's3://b/x'}}", "router.checkpoint: s3://b/x is not a path"),
+        (f"workers:\n{WORKER}}}\nrouter: {{checkpoint: 'file:///none/x'}}", "there is no file file:///none/x"),
         (f"workers:\n{WORKER}}}\nconductor: {{pins: {{1: 's3://b/x'}}}}", "conductor.pins.1: s3://b/x is not a path"),
         (f"workers:\n{WORKER}, adapter: 's3://b/x'}}", "workers.0.adapter: s3://b/x is not a path"),
         (f"workers:\n{WORKER}}}\nrouter: {{pins: 5}}", "router.pins: "),

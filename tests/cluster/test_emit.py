@@ -94,6 +94,22 @@ def test_a_canary(tmp_path: Path) -> None:
         serve_config(written(tmp_path), share=0.5)
 
 
+def test_checkpoints_at_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read here to tell what they decide, and stay addresses for the nodes."""
+    monkeypatch.setenv("FUGU_CACHE", str(tmp_path / "cache"))
+    written(tmp_path)
+    told = {"checkpoint": f"file://{tmp_path}/roles.safetensors"}
+    told |= {"canary": {"checkpoint": f"file://{tmp_path}/plain.safetensors", "share": 0.2}}
+    (application,) = serve_config(written(tmp_path, router=told))["applications"]
+    assert application["args"]["decides"] == "roles"
+    assert application["deployments"][0]["user_config"] == {
+        "checkpoint": told["checkpoint"],
+        "canary": f"file://{tmp_path}/plain.safetensors",
+        "share": 0.2,
+    }
+    assert "checkpoint" not in application["args"]["config"]["router"]
+
+
 def test_nothing_to_decide(tmp_path: Path) -> None:
     (application,) = serve_config(written(tmp_path, router={}))["applications"]
     assert application["args"]["decides"] == "nothing"
