@@ -23,7 +23,7 @@ from tests.cluster import head_restart, machines
 ROOT = Path(__file__).resolve().parents[2]
 ONPREM = ROOT / "cluster" / "onprem.yaml"
 # What may pass until a program that makes machines has ended.
-SECONDS = 400.0
+SECONDS = 600.0
 
 
 def ended(*arguments: str) -> tuple[int, str]:
