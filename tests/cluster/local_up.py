@@ -66,16 +66,18 @@ def work() -> None:
     fugu("deploy", str(pool), *where)
     answered("order")
     step("fugu submit train evolve")
-    out = SHARED / "router.safetensors"
-    evolve = ["train", "evolve", "--config", str(pool), "--outcomes", str(SHARED / "outcomes"), "--out", str(out)]
+    out = SHARED / "bucket" / "router.safetensors"
+    at = f"file://{out}"  # as s3:// would be: no machine need have mounted it
+    evolve = ["train", "evolve", "--config", str(pool), "--outcomes", f"file://{SHARED}/outcomes", "--out", at]
     evolve += ["--mode", "fugu", "--generations", "2", "--population", "4", "--size", "4", "--backbone"]
     evolve += [str(SHARED / "tiny"), "--read-tokens", "128", "--quiet"]
     fugu("submit", "--cluster", str(cluster), "--name", "evolution", *evolve)
     # The file is the last thing that the job writes; asking for its state costs more than it does.
     until("the evolution has written its checkpoint", out.exists, JOB_SECONDS, told)
+    assert (out.with_name("router.evolve") / "state.pkl").exists(), "what it would have gone on from"
     step("fugu deploy --checkpoint")
     asking = Asking(HEAD)
-    fugu("deploy", str(pool), *where, "--checkpoint", str(out))
+    fugu("deploy", str(pool), *where, "--checkpoint", at)
     until("the head decides", lambda: answered() == "head", 60)
     asking.stop()
     print(f"  requests meanwhile, by status: {asking.ended}")
@@ -83,7 +85,7 @@ def work() -> None:
     step("fugu status")
     found = told()
     print(found)
-    for word in (HEAD, WORKER, "evolution", "SUCCEEDED", "HEALTHY", str(out)):
+    for word in (HEAD, WORKER, "evolution", "SUCCEEDED", "HEALTHY", at):
         assert word in found, f"status says nothing of {word}"
     step("fugu up, again")
     before = started(HEAD), started(WORKER)
