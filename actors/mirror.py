@@ -19,7 +19,7 @@ from typing import Any
 
 from actors.errors import ConfigError
 from actors.model_files import cache_dir
-from actors.storage import filesystem
+from actors.storage import filesystem, send
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,6 @@ class _Mirror:
                 for path in self._folder.rglob("*")
                 if path.is_file() and not path.name.startswith(".") and not path.name.endswith(_ASIDE)
             }
-            changed = False
             for name, path in files.items():
                 try:
                     before = _stamp(path)
@@ -121,13 +120,11 @@ class _Mirror:
                 except FileNotFoundError:
                     continue  # it was removed or replaced meanwhile; the next look finds what is there
                 self._known[name] = before, stamp
-                changed = True
+                self._remember()  # else a kill would let what is there count more than what goes on here
             for name in self._known.keys() - files.keys():
                 if system.get_file_info(f"{root}/{name}").is_file:
                     system.delete_file(f"{root}/{name}")
                 del self._known[name]
-                changed = True
-            if changed:
                 self._remember()
 
     def _sent(self, system: Any, root: str, name: str, path: Path) -> Stamp:
@@ -135,12 +132,15 @@ class _Mirror:
         with tempfile.TemporaryDirectory() as scratch:
             if path.suffix == ".sqlite":
                 copy = Path(scratch) / path.name
-                with closing(sqlite3.connect(path, timeout=60)) as source, closing(sqlite3.connect(copy)) as target:
+                there_is = f"{path.absolute().as_uri()}?mode=rw"  # nothing is made where it was removed meanwhile
+                with (
+                    closing(sqlite3.connect(there_is, uri=True, timeout=60)) as source,
+                    closing(sqlite3.connect(copy)) as target,
+                ):
                     source.backup(target)
                 path = copy
             system.create_dir(str(PurePosixPath(there).parent), recursive=True)
-            with path.open("rb") as file, system.open_output_stream(there) as out:
-                shutil.copyfileobj(file, out)
+            send(path, system, there)
         info = system.get_file_info(there)
         return info.mtime_ns, info.size
 
@@ -180,7 +180,9 @@ def _listed(system: Any, root: str) -> dict[str, Stamp]:
     return {
         info.path.removeprefix(root).lstrip("/"): (info.mtime_ns, info.size)
         for info in found
-        if info.type == fs.FileType.File and ".." not in PurePosixPath(info.path).parts
+        if info.type == fs.FileType.File
+        and ".." not in PurePosixPath(info.path).parts
+        and not info.base_name.startswith(".")
     }
 
 

@@ -89,10 +89,20 @@ def written(address: str) -> Iterator[Path]:
     here.parent.mkdir(parents=True, exist_ok=True)
     yield here
     try:
-        with here.open("rb") as file, system.open_output_stream(path) as out:
-            shutil.copyfileobj(file, out)
+        send(here, system, path)
     except (ArrowException, OSError) as error:
         raise ConfigError(f"cannot write to {address}: {type(error).__name__}; the file is {here}") from None
+
+
+def send(here: Path, system: Any, there: str) -> None:
+    """Copy a file to a path of a file system of pyarrow's: whole or not at all, also where the sender dies meanwhile.
+    An object appears when it is complete; a file of a mounted disk is given its name when it is."""
+    folder, _, name = there.rpartition("/")
+    begun = f"{folder}/.{name}.part" if system.type_name == "local" else there
+    with here.open("rb") as file, system.open_output_stream(begun) as out:
+        shutil.copyfileobj(file, out)
+    if begun != there:
+        system.move(begun, there)
 
 
 def filesystem(address: str) -> tuple[Any, str]:

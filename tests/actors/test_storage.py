@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from actors import storage
 from actors.errors import ConfigError
 from actors.storage import local_copy, local_folder, written
 
@@ -72,6 +74,20 @@ def test_a_file_is_sent_when_it_is_whole(tmp_path: Path) -> None:
         assert again == here
         again.write_text("whole")
     assert there.read_text() == "whole"
+
+
+def test_a_file_that_is_replaced_is_whole_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = tmp_path / "head.safetensors"
+    there.write_text("before")
+
+    def dies(source: object, target: Any) -> None:
+        target.write(b"ha")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage.shutil, "copyfileobj", dies)
+    with pytest.raises(KeyboardInterrupt), written(f"file://{there}") as here:
+        here.write_text("after")
+    assert there.read_text() == "before"
 
 
 def test_where_nothing_can_be_written_is_found_out_first(tmp_path: Path) -> None:
