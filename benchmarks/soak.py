@@ -2,6 +2,7 @@
 
     python benchmarks/soak.py            30 minutes at 20 requests per second
     python benchmarks/soak.py --quick    2 minutes at 8
+    python benchmarks/soak.py --rate 0.5 --minutes 60 --warm 35    what grows with time alone, and for how long
 
 The real server (`fugu serve`, HAProxy, a router with a tiny backbone, a key with an account, limits with a journal) in
 front of two workers, OpenAI's and Anthropic's wire formats, whose provider is a process of its own on the loopback
@@ -72,6 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="2 minutes at 8 requests per second")
     parser.add_argument("--minutes", type=float, help="how long (30)")
+    parser.add_argument("--warm", type=float, help="from which minute on growth counts (5)")
     parser.add_argument("--rate", type=float, help="requests per second (20)")
     parser.add_argument("--faults", type=float, default=0.1, help="the share of the requests that fail upstream (0.1)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "soak")
@@ -83,7 +85,7 @@ def main() -> None:
         seconds,
         rate,
         arguments.faults,
-        warm=seconds / 2 if short else 300.0,
+        warm=60 * arguments.warm if arguments.warm else seconds / 2 if short else 300.0,
         sample=2.5 if short else 10.0,
         window=15.0 if short else 60.0,
     )
@@ -273,11 +275,11 @@ def tell(
 ) -> None:
     console = Console(width=max(Console().width, 110))
     table = Table(title=f"Memory (USS, MB): from {plan.warm / 60:g} to {plan.seconds / 60:g} minutes")
-    for heading in ("process", "warm", "end", "growth", "MB per hour", "PSS at the end"):
+    for heading in ("process", "warm", "end", "growth", "of RSS", "MB per hour", "PSS at the end"):
         table.add_column(heading, justify="left" if heading == "process" else "right", no_wrap=True)
     for each in grown:
-        numbers = (f"{each.first:.1f}", f"{each.last:.1f}", f"{each.percent:+.1f}%", f"{each.slope:+.1f}")
-        table.add_row(each.process, *numbers, f"{each.pss:.1f}")
+        grew = (f"{each.percent:+.1f}%", f"{each.resident:+.1f}%", f"{each.slope:+.1f}")
+        table.add_row(each.process, f"{each.first:.1f}", f"{each.last:.1f}", *grew, f"{each.pss:.1f}")
     console.print(table)
     table = Table(title=f"Added latency, ms, in windows of {plan.window:g} s")
     for heading in ("minute", "requests", "p50", "p99"):

@@ -22,22 +22,25 @@ DRAWS = 2000
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A process at a moment: seconds since the beginning, bytes of its own (USS) and with its part of shared pages
-    (PSS)."""
+    """A process at a moment: seconds since the beginning, bytes of its own (USS), with its part of shared pages (PSS),
+    and with all of them (RSS)."""
 
     at: float
     uss: int
     pss: int
+    rss: int
 
 
 @dataclass(frozen=True, slots=True)
 class Growth:
     """A process over the run, in MB. `first` and `last` are medians of USS after warm-up and at the end, a fifth of
-    the time between each; `percent` compares them. `slope` is MB per hour (Theil-Sen)."""
+    the time between each; `percent` compares them, `resident` (percent) the same medians of RSS. `slope` is MB per hour
+    (Theil-Sen)."""
 
     process: str
     first: float
     last: float
+    resident: float
     pss: float
     slope: float
 
@@ -69,7 +72,7 @@ def sample(tree: Sequence[psutil.Process], at: float, kept: dict[tuple[int, str]
     for process in tree:
         try:
             info = process.memory_full_info()
-            kept.setdefault((process.pid, name_of(process)), []).append(Memory(at, info.uss, info.pss))
+            kept.setdefault((process.pid, name_of(process)), []).append(Memory(at, info.uss, info.pss, info.rss))
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
 
@@ -83,15 +86,15 @@ def growth(kept: dict[tuple[int, str], list[Memory]], warm: float, end: float) -
     names = [name for _, name in lived]
     for (pid, name), samples in lived.items():
         after = [each for each in samples if each.at >= warm]
-        early = [each.uss for each in after if each.at <= warm + fifth]
-        late = [each.uss for each in after if each.at >= end - fifth]
+        early = [each for each in after if each.at <= warm + fifth]
+        late = [each for each in after if each.at >= end - fifth]
         if not early or not late:
             continue
+        first, last = (statistics.median(each.uss for each in part) / 1e6 for part in (early, late))
+        before, now = (statistics.median(each.rss for each in part) for part in (early, late))
         slope = theil_sen([each.at / 3600 for each in after], [each.uss / 1e6 for each in after])
         shown = name if names.count(name) == 1 else f"{name} ({pid})"
-        found.append(
-            Growth(shown, statistics.median(early) / 1e6, statistics.median(late) / 1e6, after[-1].pss / 1e6, slope)
-        )
+        found.append(Growth(shown, first, last, 100 * (now / before - 1), after[-1].pss / 1e6, slope))
     return sorted(found, key=lambda each: -each.last)
 
 
