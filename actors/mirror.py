@@ -3,7 +3,6 @@ pyarrow knows while the run goes on."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -18,8 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from actors.errors import ConfigError
-from actors.model_files import cache_dir
-from actors.storage import filesystem, send
+from actors.storage import filesystem, place_of, send
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +44,7 @@ def kept_at(address: str, folder: Path | None = None) -> Iterator[Path]:
         yield Path(address).expanduser()
         return
     address = address.rstrip("/")
-    place = cache_dir() / "written" / hashlib.sha256(address.encode()).hexdigest()[:16]
-    here = folder or place / address.rpartition("/")[2]
+    here = folder or place_of(address)
     mirror = _Mirror(address, here)
     mirror.fetch()
     stop = threading.Event()

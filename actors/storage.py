@@ -85,13 +85,18 @@ def written(address: str) -> Iterator[Path]:
         system.create_dir(path.rpartition("/")[0], recursive=True)
     except (ArrowException, OSError) as error:
         raise ConfigError(f"cannot write to {address}: {type(error).__name__}") from None
-    here = cache_dir() / "written" / hashlib.sha256(address.encode()).hexdigest()[:16] / path.rpartition("/")[2]
+    here = place_of(address)
     here.parent.mkdir(parents=True, exist_ok=True)
     yield here
     try:
         send(here, system, path)
     except (ArrowException, OSError) as error:
         raise ConfigError(f"cannot write to {address}: {type(error).__name__}; the file is {here}") from None
+
+
+def place_of(address: str) -> Path:
+    """Where this machine has what is to be at an address: always the same, under its name there."""
+    return cache_dir() / "written" / hashlib.sha256(address.encode()).hexdigest()[:16] / address.rpartition("/")[2]
 
 
 def send(here: Path, system: Any, there: str) -> None:
